@@ -1,0 +1,1 @@
+"""Decide how to share and size LoRA adapters."""

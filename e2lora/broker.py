@@ -1,0 +1,225 @@
+"""Who works on what: jobs waiting, attempts under lease, and what they reported.
+
+Plain state without Ray, so that the protocol can be read and tested by itself; `e2lora.pool`
+runs it as an actor. The rules:
+
+* A job is handed out as an *attempt* with a token of its own. Reports that carry any other token
+  of that job are refused, so a lost attempt can't speak after its successor started.
+* A lease is renewed by every sign of life. When it runs out, or the group that held it restarts,
+  the job goes back to the front of the queue; after ``max_attempts`` it is failed.
+* Evaluations are kept by step: a resumed attempt that repeats one changes nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from e2lora.config import GroupSpec
+
+
+@dataclass(frozen=True)
+class Job:
+    """Work for one group. ``key`` names it; submitting the same key again attaches to it."""
+
+    key: str
+    kind: str  # "trial" or "profile": which function of the group runs it
+    spec: GroupSpec
+    payload: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A job as one group holds it."""
+
+    job: Job
+    token: str
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a waiting client is told: all evaluations so far, and how it ended, if it has."""
+
+    evaluations: list[dict[str, Any]]
+    outcomes: list[float]
+    result: dict[str, Any] | None
+    error: str | None
+    attempts: int
+
+    @property
+    def ended(self) -> bool:
+        return self.result is not None or self.error is not None
+
+
+@dataclass
+class _State:
+    job: Job
+    attempts: int = 0
+    token: str | None = None  # of the attempt that holds the lease
+    group: str | None = None
+    lease_until: float = 0.0
+    step: int = 0
+    evaluations: dict[int, dict[str, Any]] = field(default_factory=dict)
+    outcomes: list[float] = field(default_factory=list)
+    result: dict[str, Any] | None = None
+    error: str | None = None
+    version: int = 0  # rises with every change a client should see
+
+    @property
+    def ended(self) -> bool:
+        return self.result is not None or self.error is not None
+
+
+class Broker:
+    """The queue of one study. All times in seconds."""
+
+    def __init__(
+        self,
+        lease_seconds: float = 600.0,
+        max_attempts: int = 3,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._lease_seconds, self._max_attempts, self._clock = lease_seconds, max_attempts, clock
+        self._states: dict[str, _State] = {}
+        self._queue: deque[str] = deque()
+        self._incarnations: dict[str, int] = {}
+        self._retiring: set[str] = set()
+
+    # ---- clients ------------------------------------------------------------------------------
+
+    def submit(self, job: Job) -> None:
+        """Queue a job; one whose key is known, ended or not, stays as it is."""
+        if job.key not in self._states:
+            self._states[job.key] = _State(job)
+            self._queue.append(job.key)
+
+    def update(self, key: str, seen: int) -> tuple[int, Update] | None:
+        """What is new since version ``seen``, or None."""
+        self._expire()
+        state = self._states[key]
+        if state.version == seen:
+            return None
+        steps = sorted(state.evaluations)
+        update = Update(
+            evaluations=[state.evaluations[step] for step in steps],
+            outcomes=state.outcomes,
+            result=state.result,
+            error=state.error,
+            attempts=state.attempts,
+        )
+        return state.version, update
+
+    def progress(self) -> dict[str, tuple[int, int]]:
+        """Running jobs: key → (step, attempt)."""
+        self._expire()
+        return {s.job.key: (s.step, s.attempts) for s in self._states.values() if s.token}
+
+    # ---- groups -------------------------------------------------------------------------------
+
+    def join(self, group: str) -> int:
+        """A group (re)started: whatever it held before is lost. Returns its incarnation."""
+        self._incarnations[group] = self._incarnations.get(group, 0) + 1
+        for state in self._states.values():
+            if state.group == group:
+                self._lose(state, f"its worker group {group} died")
+        return self._incarnations[group]
+
+    def next_attempt(self, group: str, incarnation: int, spec: GroupSpec) -> Attempt | str | None:
+        """An attempt for an idle group; ``"retire"`` if it should end; None if nothing waits."""
+        self._expire()
+        if self._incarnations.get(group) != incarnation or group in self._retiring:
+            return "retire"
+        for key in self._queue:
+            state = self._states[key]
+            if state.job.spec == spec:
+                self._queue.remove(key)
+                state.attempts += 1
+                state.token = f"{key}/{state.attempts}"
+                state.group = group
+                self._renew(state)
+                return Attempt(state.job, state.token)
+        return None
+
+    def alive(self, token: str, step: int | None = None) -> bool:
+        """A sign of life. False: the attempt has lost its job and must stop."""
+        state = self._holder(token)
+        if state is None:
+            return False
+        state.step = state.step if step is None else step
+        self._renew(state)
+        return True
+
+    def report(self, token: str, evaluation: dict[str, Any], outcomes: list[float]) -> bool:
+        """An evaluation, kept by its step. False: refused, see :meth:`alive`."""
+        state = self._holder(token)
+        if state is None:
+            return False
+        if state.evaluations.get(evaluation["step"]) != evaluation or state.outcomes != outcomes:
+            state.evaluations[evaluation["step"]] = evaluation
+            state.outcomes = outcomes
+            state.version += 1
+        self._renew(state)
+        return True
+
+    def complete(self, token: str, result: dict[str, Any]) -> bool:
+        return self._end(token, result, None)
+
+    def fail(self, token: str, error: str) -> bool:
+        """The attempt raised. That is the job's own failure and is not tried again."""
+        return self._end(token, None, error)
+
+    # ---- the pool -----------------------------------------------------------------------------
+
+    def demand(self) -> dict[GroupSpec, int]:
+        """Jobs waiting, by the kind of group they need, in the order of the queue."""
+        self._expire()
+        waiting: dict[GroupSpec, int] = {}
+        for key in self._queue:
+            spec = self._states[key].job.spec
+            waiting[spec] = waiting.get(spec, 0) + 1
+        return waiting
+
+    def busy_groups(self) -> set[str]:
+        return {s.group for s in self._states.values() if s.token and s.group}
+
+    def retire(self, group: str) -> None:
+        """The group ends when it next asks for work."""
+        self._retiring.add(group)
+
+    # ---- inside -------------------------------------------------------------------------------
+
+    def _holder(self, token: str) -> _State | None:
+        self._expire()
+        state = self._states.get(token.rpartition("/")[0])
+        return state if state is not None and state.token == token else None
+
+    def _renew(self, state: _State) -> None:
+        state.lease_until = self._clock() + self._lease_seconds
+
+    def _expire(self) -> None:
+        now = self._clock()
+        for state in self._states.values():
+            if state.token and state.lease_until < now:
+                self._lose(state, f"it gave no sign of life for {self._lease_seconds:.0f} s")
+
+    def _lose(self, state: _State, why: str) -> None:
+        if state.token is None:
+            return
+        state.token = state.group = None
+        if state.attempts >= self._max_attempts:
+            state.error = f"attempt {state.attempts} of {self._max_attempts} was lost: {why}"
+            state.version += 1
+        else:
+            self._queue.appendleft(state.job.key)
+
+    def _end(self, token: str, result: dict[str, Any] | None, error: str | None) -> bool:
+        state = self._holder(token)
+        if state is None:
+            return False
+        state.token = state.group = None
+        state.result, state.error = result, error
+        state.version += 1
+        return True

@@ -1,0 +1,106 @@
+"""A trial's state on disk, independent of the number of workers and of the ZeRO stage.
+
+    checkpoints/step-000120/
+      state.safetensors   full tensors: parameter/NAME, exp_avg/NAME, exp_avg_sq/NAME
+      state.json          step, identity of the trial, losses and evaluations so far
+      COMPLETE            written last; a folder without it does not count
+
+Data order and random states need no place here: both are pure functions of (seed, step).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from e2lora.config import Frozen
+from e2lora.records import Evaluation, write_json
+
+MARKER = "COMPLETE"
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Everything that training needs to go on after ``step`` optimiser steps."""
+
+    step: int
+    identity: str
+    tensors: dict[str, Tensor]
+    losses: list[float] = field(default_factory=list)
+    evaluations: list[Evaluation] = field(default_factory=list)
+    outcomes: list[float] = field(default_factory=list)  # of the last evaluation, by row
+
+
+class _Description(Frozen):
+    version: Literal[1] = 1
+    step: int
+    identity: str
+    losses: tuple[float, ...]
+    evaluations: tuple[Evaluation, ...]
+    outcomes: tuple[float, ...]
+
+
+def save_checkpoint(folder: Path, state: TrainState, keep: int = 1) -> None:
+    """Write ``folder/step-…`` whole or not at all; then remove all but the ``keep`` newest."""
+    final = folder / f"step-{state.step:06d}"
+    partial = folder / f".{final.name}.{os.getpid()}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_file(state.tensors, partial / "state.safetensors")
+    description = _Description(
+        step=state.step,
+        identity=state.identity,
+        losses=tuple(state.losses),
+        evaluations=tuple(state.evaluations),
+        outcomes=tuple(state.outcomes),
+    )
+    write_json(partial / "state.json", description)
+    for name in ("state.safetensors", "state.json"):
+        _flush_to_disk(partial / name)
+    (partial / MARKER).touch()
+    shutil.rmtree(final, ignore_errors=True)
+    partial.rename(final)
+    for old in _complete(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def load_checkpoint(folder: Path, identity: str) -> TrainState | None:
+    """The newest complete state, or None if there is none.
+
+    Raises:
+        ValueError: the state belongs to another configuration or plan.
+    """
+    found = _complete(folder)
+    if not found:
+        return None
+    newest = found[-1]
+    description = _Description.model_validate_json((newest / "state.json").read_text())
+    if description.identity != identity:
+        raise ValueError(
+            "a checkpoint may only continue the trial that wrote it; "
+            f"{newest} was written by {description.identity}, this trial is {identity}. Use "
+            "another study name, or remove the folder to train anew."
+        )
+    return TrainState(
+        step=description.step,
+        identity=identity,
+        tensors=load_file(newest / "state.safetensors"),
+        losses=list(description.losses),
+        evaluations=list(description.evaluations),
+        outcomes=list(description.outcomes),
+    )
+
+
+def _complete(folder: Path) -> list[Path]:
+    return sorted(marker.parent for marker in folder.glob(f"step-*/{MARKER}"))
+
+
+def _flush_to_disk(file: Path) -> None:
+    with file.open("rb") as handle:
+        os.fsync(handle.fileno())

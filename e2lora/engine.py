@@ -1,0 +1,160 @@
+"""The DeepSpeed engine of one trial: its configuration, its start, and its optimizer state.
+
+DeepSpeed's own optimizer checkpoints are bound to the number of workers. An adapter's optimizer
+state is small, so it is gathered to full tensors by name and scattered again.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from e2lora.adapters import is_head, trainable_parameters
+from e2lora.config import TrainConfig
+
+ADAM_STATE = ("exp_avg", "exp_avg_sq")
+
+
+def import_deepspeed() -> Any:
+    """DeepSpeed, made quiet and quick to start.
+
+    Its first ZeRO engine imports an optimizer decorated with ``torch.compile``, which pulls in
+    inductor (seconds), and on CPU it compiles an operator for shared memory (minutes); neither
+    is used here.
+    """
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel("WARNING")
+    compatible = getattr(deepspeed.ops, "__compatible_ops__", None)
+    if isinstance(compatible, dict) and "deepspeed_shm_comm" in compatible:
+        compatible["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def deepspeed_config(training: TrainConfig) -> dict[str, Any]:
+    """DeepSpeed's dictionary, derived from ours alone."""
+    share = training.num_workers * training.gradient_accumulation_steps
+    return {
+        "train_micro_batch_size_per_gpu": training.global_batch_size // share,
+        "gradient_accumulation_steps": training.gradient_accumulation_steps,
+        "gradient_clipping": training.max_grad_norm,
+        "zero_optimization": {"stage": training.zero_stage},
+        "bf16": {"enabled": training.precision == "bf16"},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**31,
+    }
+
+
+def learning_rate_factor(training: TrainConfig, step: int) -> float:
+    """Share of the peak learning rate at optimiser step ``step`` (from 0): warmup, then decay."""
+    if step < training.warmup_steps:
+        return (step + 1) / training.warmup_steps
+    span = training.max_steps - training.warmup_steps
+    progress = (step - training.warmup_steps) / span
+    if training.schedule == "linear":
+        return 1.0 - progress
+    if training.schedule == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * progress))
+    return 1.0
+
+
+class Engine:
+    """``deepspeed.initialize`` around an adapted model, one per trial."""
+
+    def __init__(self, model: Any, training: TrainConfig) -> None:
+        self.training = training
+        self.parameters = trainable_parameters(model)
+        head_rate = training.head_learning_rate or training.learning_rate
+        groups = []
+        for head, peak in ((False, training.learning_rate), (True, head_rate)):
+            members = [p for name, p in self.parameters.items() if is_head(name) == head]
+            if members:
+                groups.append({"params": members, "lr": peak, "peak": peak})
+        optimizer = torch.optim.AdamW(groups, weight_decay=training.weight_decay)
+        self._engine, *_ = import_deepspeed().initialize(
+            model=model,
+            optimizer=optimizer,
+            config=deepspeed_config(training),
+            dist_init_required=False,
+        )
+        self._adam = optimizer
+
+    @property
+    def module(self) -> Any:
+        return self._engine
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self._engine.device)
+
+    def backward(self, loss: Tensor) -> None:
+        """Of one microbatch; DeepSpeed averages over microbatches and workers."""
+        self._engine.backward(loss)
+
+    def micro_step(self, step: int) -> None:
+        """After each backward; the last one of a step updates, at the learning rate of ``step``."""
+        factor = learning_rate_factor(self.training, step)
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
+        self._engine.step()
+
+    def gather(self) -> dict[str, Tensor]:
+        """Full float32 parameters and Adam moments by name, on CPU. Collective: all must call."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        self._link_partitions()
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in self.parameters.items():
+            if self._partitioned(parameter):
+                full = safe_get_full_fp32_param(parameter)
+                state = {k: safe_get_full_optimizer_state(parameter, k) for k in ADAM_STATE}
+            else:
+                full, state = parameter.detach(), self._adam.state[parameter]
+            tensors[f"parameter/{name}"] = full
+            tensors |= {f"{key}/{name}": state[key] for key in ADAM_STATE}
+        return {key: value.detach().float().cpu().clone() for key, value in tensors.items()}
+
+    def restore(self, tensors: dict[str, Tensor], step: int) -> None:
+        """The inverse of :meth:`gather`, on any number of workers."""
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        for group in self._adam.param_groups:
+            for held in group["params"]:  # under ZeRO: this worker's flat partitions
+                self._adam.state[held] = {
+                    "step": torch.tensor(float(step)),
+                    **{key: torch.zeros_like(held) for key in ADAM_STATE},
+                }
+        self._link_partitions()
+        for name, parameter in self.parameters.items():
+            full = tensors[f"parameter/{name}"].to(parameter.device)
+            parameter.data.copy_(full)
+            state = {key: tensors[f"{key}/{name}"].to(parameter.device) for key in ADAM_STATE}
+            if self._partitioned(parameter):
+                safe_set_full_fp32_param(parameter, full)
+                for key, value in state.items():
+                    safe_set_full_optimizer_state(parameter, value, key)
+            else:
+                self._adam.state[parameter] |= state
+
+    def _link_partitions(self) -> None:
+        """Let ``safe_get/set_full_optimizer_state`` see Adam's moments of every parameter group.
+
+        DeepSpeed (0.19) links them once, after the first group has stepped, when the others have
+        no moments yet; so with two groups it must be told to link again.
+        """
+        zero = self._engine.optimizer
+        if hasattr(zero, "_hp_optimizer_states_linked"):
+            zero._hp_optimizer_states_linked = False
+            zero._lazy_init_hp_params_optimizer_state()
+
+    @staticmethod
+    def _partitioned(parameter: Tensor) -> bool:
+        return hasattr(parameter, "_hp_mapping")
+
+    def close(self) -> None:
+        self._engine.destroy()

@@ -1,0 +1,204 @@
+"""Pretrained models: loading with clear errors, structure without weights, and the targets in it.
+
+Targets are found by structure: ``nn.Linear`` modules below a numbered entry of an
+``nn.ModuleList``. No list of model names is kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from e2lora.assets import resolve
+from e2lora.config import ModelConfig
+from e2lora.moments import Target
+
+
+@dataclass(frozen=True)
+class Base:
+    """A frozen pretrained model with its tokenizer, as trials share it.
+
+    ``head`` names the modules whose weights the checkpoint did not hold: they are initialised
+    anew for every trial, by its seed, and trained in full beside the adapter.
+    """
+
+    model: Any
+    tokenizer: Any
+    head: tuple[str, ...]
+    fingerprint: str
+
+
+def load_base(config: ModelConfig, auto_class: Any, num_labels: int, dtype: torch.dtype) -> Base:
+    """Load weights and tokenizer, freeze everything, find the freshly initialised head.
+
+    Raises:
+        FileNotFoundError, OSError, ValueError: no such model, no weights, or unusable overrides.
+    """
+    from transformers import AutoTokenizer
+
+    location = require_weights(config)
+    model, info = auto_class.from_pretrained(
+        location,
+        config=_model_config(config, num_labels),
+        revision=config.revision,
+        dtype=dtype,
+        output_loading_info=True,
+    )
+    model.requires_grad_(False)
+    head = _head_modules(model, info["missing_keys"])
+    tokenizer = AutoTokenizer.from_pretrained(location, revision=config.revision)
+    return Base(model, tokenizer, head, weights_fingerprint(model, skip=head))
+
+
+def load_structure(config: ModelConfig, auto_class: Any, num_labels: int) -> nn.Module:
+    """The model on the meta device: shapes and names, no weights, whatever its size."""
+    require_weights(config)
+    model_config = _model_config(config, num_labels)
+    with torch.device("meta"):
+        return auto_class.from_config(model_config)
+
+
+def require_weights(config: ModelConfig) -> str:
+    """Where the model lies, after checking that a local folder holds what it must.
+
+    Raises:
+        FileNotFoundError: a folder without a configuration or without weights.
+    """
+    location = resolve(config.name)
+    folder = Path(location)
+    if not folder.is_dir():
+        return location
+    weights = ("*.safetensors", "pytorch_model*.bin")
+    lacking = [] if (folder / "config.json").exists() else ["config.json"]
+    if not any(next(folder.glob(pattern), None) for pattern in weights):
+        lacking.append("weights (*.safetensors or pytorch_model*.bin)")
+    if lacking:
+        raise FileNotFoundError(
+            f"a model folder must hold config.json and weights; {folder} lacks "
+            f"{' and '.join(lacking)}. Name a folder written by `save_pretrained`, or a hub name."
+        )
+    return location
+
+
+def _model_config(config: ModelConfig, num_labels: int) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        loaded = AutoConfig.from_pretrained(
+            resolve(config.name), revision=config.revision, num_labels=num_labels
+        )
+    except OSError as error:
+        raise OSError(
+            f"the model must be a local folder, demo:NAME or a hub name that can be reached; got "
+            f"{config.name!r}: {str(error).splitlines()[0]} Check the name, your access to the "
+            "hub (HF_TOKEN), or name a local folder."
+        ) from error
+    for key, value in config.config_overrides.items():
+        if not hasattr(loaded, key):
+            raise ValueError(
+                f"`config_overrides` may only set what {type(loaded).__name__} has; it has no "
+                f"{key!r}. Correct the name or remove it."
+            )
+        setattr(loaded, key, value)
+    return loaded
+
+
+def _head_modules(model: Any, missing_keys: Sequence[str]) -> tuple[str, ...]:
+    """Modules that hold missing weights: a whole head, or single modules inside the trunk."""
+    modules = set()
+    for key in missing_keys:
+        first, *_ = key.split(".")
+        in_trunk = first == model.base_model_prefix
+        modules.add(key.rpartition(".")[0] if in_trunk else first)
+    return tuple(sorted(modules))
+
+
+def reset_head(model: Any, head: Sequence[str], seed: int) -> None:
+    """Initialise the head anew as transformers does a linear layer: N(0, initializer_range²)."""
+    text_config = model.config.get_text_config()
+    std = getattr(text_config, "initializer_range", None) or 0.02
+    torch.manual_seed(seed)
+    for name in head:
+        for module in model.get_submodule(name).modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=std)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+
+
+def weights_fingerprint(model: nn.Module, skip: Sequence[str] = ()) -> str:
+    """Sixteen hex digits of all parameters' names, shapes and bits, those of ``skip`` left out.
+
+    The bits of a tensor enter as the wrapped sum of its words: one pass, no copy, and any single
+    changed weight shows.
+    """
+    digest = hashlib.sha256()
+    words = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    for name, parameter in model.named_parameters():
+        if any(name == module or name.startswith(f"{module}.") for module in skip):
+            continue
+        bits = parameter.detach().contiguous().view(words[parameter.element_size()])
+        total = int(bits.sum(dtype=torch.int64))
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {total}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def find_targets(model: nn.Module, target_modules: Sequence[str]) -> tuple[Target, ...]:
+    """Every linear module in a numbered layer whose path ends in one of ``target_modules``.
+
+    Raises:
+        ValueError: a name that matches nothing; the message lists what could be named.
+    """
+    candidates = list(_linears_in_layers(model))
+    found: dict[str, Target] = {}
+    for name in target_modules:
+        matches = [c for c in candidates if c.path == name or c.path.endswith(f".{name}")]
+        if not matches:
+            known = sorted({candidate.path.rpartition(".")[2] for candidate in candidates})
+            raise ValueError(
+                "each of `target_modules` must end the path of a linear module inside the "
+                f"numbered layers; {name!r} matches none. This model has: {', '.join(known)}."
+            )
+        found |= {match.path: match for match in matches}
+    return _one_shape_per_type([c for c in candidates if c.path in found])
+
+
+def _linears_in_layers(model: nn.Module) -> Iterator[Target]:
+    for path, module in model.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        parts = path.split(".")
+        for position, part in enumerate(parts):
+            parent = model.get_submodule(".".join(parts[:position]))
+            if part.isdigit() and isinstance(parent, nn.ModuleList):
+                yield Target(
+                    path=path,
+                    module_type=".".join([*parts[:position], "*", *parts[position + 1 :]]),
+                    layer=int(part),
+                    in_features=module.in_features,
+                    out_features=module.out_features,
+                )
+                break
+
+
+def _one_shape_per_type(targets: Sequence[Target]) -> tuple[Target, ...]:
+    """Split a module type whose layers differ in shape: only equal shapes can share."""
+    shapes: dict[str, set[tuple[int, int]]] = {}
+    for t in targets:
+        shapes.setdefault(t.module_type, set()).add((t.out_features, t.in_features))
+    return tuple(
+        t
+        if len(shapes[t.module_type]) == 1
+        else t.model_copy(
+            update={"module_type": f"{t.module_type} ({t.out_features}x{t.in_features})"}
+        )
+        for t in targets
+    )

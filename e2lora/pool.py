@@ -1,0 +1,274 @@
+"""Resident worker groups: long-lived Ray Train runs that serve jobs one after another.
+
+The pool lives in the driver. It runs the broker as an actor on the head node, starts as many
+groups of a kind as the cluster holds while jobs of that kind wait, and retires idle groups when
+only another kind is wanted, so no kind is ever held while waiting for another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from e2lora.broker import Attempt, Broker, Job, Update
+from e2lora.config import GroupSpec
+
+HEAD = {"node:__internal_head__": 0.001}
+"""Places what needs no CPU on the head node; it runs though groups hold every CPU."""
+
+WAIT_SECONDS = 5.0
+
+
+class BrokerActor:
+    """:class:`e2lora.broker.Broker` as an asyncio actor: waiting calls don't block others."""
+
+    def __init__(self, lease_seconds: float) -> None:
+        self._broker = Broker(lease_seconds)
+
+    async def next_attempt(
+        self, group: str, incarnation: int, spec: GroupSpec
+    ) -> Attempt | str | None:
+        return await self._first(lambda: self._broker.next_attempt(group, incarnation, spec))
+
+    async def wait(self, key: str, seen: int) -> tuple[int, Update] | None:
+        """What is new about a job since version ``seen``; None if nothing came in a while."""
+        return await self._first(lambda: self._broker.update(key, seen))
+
+    @staticmethod
+    async def _first(poll: Any) -> Any:
+        until = time.monotonic() + WAIT_SECONDS
+        while (found := poll()) is None and time.monotonic() < until:
+            await asyncio.sleep(0.05)
+        return found
+
+    async def submit(self, job: Job) -> None:
+        self._broker.submit(job)
+
+    async def progress(self) -> dict[str, tuple[int, int]]:
+        return self._broker.progress()
+
+    async def join(self, group: str) -> int:
+        return self._broker.join(group)
+
+    async def alive(self, token: str, step: int | None = None) -> bool:
+        return self._broker.alive(token, step)
+
+    async def report(self, token: str, evaluation: dict[str, Any], outcomes: list[float]) -> bool:
+        return self._broker.report(token, evaluation, outcomes)
+
+    async def complete(self, token: str, result: dict[str, Any]) -> bool:
+        return self._broker.complete(token, result)
+
+    async def fail(self, token: str, error: str) -> bool:
+        return self._broker.fail(token, error)
+
+    async def demand(self) -> tuple[dict[GroupSpec, int], set[str]]:
+        """Jobs waiting by kind, and the groups that are at work."""
+        return self._broker.demand(), self._broker.busy_groups()
+
+    async def retire(self, group: str) -> None:
+        self._broker.retire(group)
+
+
+def slots(spec: GroupSpec) -> int:
+    """How many groups of this kind the whole cluster holds at once."""
+    import ray
+
+    workers = 0
+    for node in ray.nodes():
+        if node["Alive"]:
+            have = node["Resources"]
+            fits = [have.get("CPU", 0) // spec.cpus_per_worker]
+            if spec.gpus_per_worker:
+                fits.append(have.get("GPU", 0) // spec.gpus_per_worker)
+            workers += int(min(fits))
+    return workers // spec.num_workers
+
+
+def require_fits(spec: GroupSpec) -> None:
+    """Refuse a kind of group of which not even one fits the cluster.
+
+    Raises:
+        ValueError: with what is asked for and what there is.
+    """
+    import ray
+
+    if slots(spec) == 0:
+        have = ray.cluster_resources()
+        raise ValueError(
+            "a trial's workers must all fit the cluster at once; it asks for "
+            f"{spec.num_workers} worker(s) of {spec.cpus_per_worker:g} CPU and "
+            f"{spec.gpus_per_worker:g} GPU each, and the cluster has {have.get('CPU', 0):g} CPU "
+            f"and {have.get('GPU', 0):g} GPU on {len(ray.nodes())} node(s). Lower `num_workers`, "
+            "`cpus_per_worker` or `gpus_per_worker`, or add nodes."
+        )
+
+
+@dataclass
+class _Group:
+    spec: GroupSpec
+    thread: threading.Thread
+    retiring: bool = False
+
+
+class Pool:
+    """A context manager: groups are started on demand inside it and ended when it closes.
+
+    Args:
+        name: of the study; part of the broker's name, so that studies don't meet.
+        storage: a folder that all nodes share; Ray Train's own files go below it.
+        isolated: every job gets a fresh group.
+    """
+
+    def __init__(
+        self, name: str, storage: Path, isolated: bool = False, lease_seconds: float = 600.0
+    ) -> None:
+        import ray
+
+        self.broker_name = f"e2lora-broker-{name}-{uuid.uuid4().hex[:6]}"
+        self._storage, self._isolated = storage, isolated
+        actor: Any = ray.remote(BrokerActor)
+        self.broker: Any = actor.options(
+            name=self.broker_name, num_cpus=0, resources=HEAD, max_concurrency=1000
+        ).remote(lease_seconds)
+        self._groups: dict[str, _Group] = {}
+        self._started = 0
+        self._closing = threading.Event()
+        self._manager = threading.Thread(target=self._manage, daemon=True)
+        self.error: BaseException | None = None
+
+    def __enter__(self) -> Pool:
+        self._manager.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        import ray
+
+        self._closing.set()
+        self._manager.join()
+        for name in list(self._groups):
+            ray.get(self.broker.retire.remote(name))
+        deadline = time.monotonic() + (30.0 if exc[0] is None else 5.0)
+        for group in list(self._groups.values()):
+            group.thread.join(max(0.0, deadline - time.monotonic()))
+        ray.kill(self.broker)
+
+    def warm(self, spec: GroupSpec) -> None:
+        """Start every group of a kind that fits, ahead of its jobs; call before submitting any."""
+        for _ in range(slots(spec)):
+            self._start(spec)
+
+    def run(self, job: Job) -> dict[str, Any]:
+        """Submit one job and wait for its result.
+
+        Raises:
+            RuntimeError: with the job's error, if it failed.
+        """
+        import ray
+
+        ray.get(self.broker.submit.remote(job))
+        seen = 0
+        while True:
+            news = ray.get(self.broker.wait.remote(job.key, seen))
+            if news is None:
+                self.require_healthy()
+                continue
+            seen, update = news
+            if update.error is not None:
+                raise RuntimeError(update.error)
+            if update.result is not None:
+                return update.result
+
+    def require_healthy(self) -> None:
+        """Raise what ended the manager or a group for good, if anything did."""
+        if self.error is not None:
+            raise RuntimeError(f"a worker group could not go on: {self.error}") from self.error
+
+    def _manage(self) -> None:
+        import ray
+
+        try:
+            while not self._closing.wait(0.25):
+                demand, busy = ray.get(self.broker.demand.remote())
+                self._groups = {n: g for n, g in self._groups.items() if g.thread.is_alive()}
+                for spec, waiting in demand.items():
+                    self._serve_demand(spec, waiting, set(demand), busy)
+        except BaseException as error:
+            if not self._closing.is_set():
+                self.error = error
+
+    def _serve_demand(
+        self, spec: GroupSpec, waiting: int, wanted: set[GroupSpec], busy: set[str]
+    ) -> None:
+        """Start groups for waiting jobs; make room by retiring idle groups nobody waits for."""
+        import ray
+
+        of_spec = [name for name, g in self._groups.items() if g.spec == spec and not g.retiring]
+        idle = [name for name in of_spec if name not in busy]
+        others = [g for g in self._groups.values() if g.spec != spec or g.retiring]
+        if len(idle) >= waiting:
+            return
+        if not others:
+            if len(of_spec) < slots(spec):
+                self._start(spec)
+            return
+        for name, group in self._groups.items():
+            if group.spec not in wanted and name not in busy and not group.retiring:
+                group.retiring = True
+                ray.get(self.broker.retire.remote(name))
+
+    def _start(self, spec: GroupSpec) -> None:
+        self._started += 1
+        name = f"group-{self._started:03d}"
+        thread = threading.Thread(target=self._fit, args=(name, spec), daemon=True)
+        self._groups[name] = _Group(spec, thread)
+        thread.start()
+
+    def _fit(self, name: str, spec: GroupSpec) -> None:
+        """One Ray Train run; it restarts without limit, since failures are counted per job."""
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchConfig, TorchTrainer
+
+        resources = {"CPU": spec.cpus_per_worker}
+        if spec.gpus_per_worker:
+            resources["GPU"] = spec.gpus_per_worker
+        trainer = TorchTrainer(
+            _group_loop,
+            train_loop_config={
+                "broker": self.broker_name,
+                "name": name,
+                "spec": spec.model_dump(),
+                "max_jobs": 1 if self._isolated else None,
+            },
+            torch_config=TorchConfig(backend="nccl" if spec.gpus_per_worker else "gloo"),
+            scaling_config=ScalingConfig(
+                num_workers=spec.num_workers,
+                use_gpu=spec.gpus_per_worker > 0,
+                resources_per_worker=resources,
+            ),
+            run_config=RunConfig(
+                name=f"{self.broker_name}-{name}",
+                storage_path=str(self._storage),
+                failure_config=FailureConfig(max_failures=-1),
+            ),
+        )
+        try:
+            trainer.fit()
+        except BaseException as error:
+            if not self._closing.is_set():
+                self.error = error
+
+
+def _group_loop(config: dict[str, Any]) -> None:
+    """The training function of every worker of a group."""
+    import ray
+
+    from e2lora.worker import serve
+
+    broker = ray.get_actor(config["broker"])
+    serve(broker, config["name"], GroupSpec(**config["spec"]), config["max_jobs"])

@@ -1,0 +1,139 @@
+"""A study on disk: where everything lies, and the records that stand there.
+
+STORAGE/STUDY/
+  study.json                 StudyRecord
+  optuna.journal             the ledger of trials
+  profiles/KEY.json          GradientProfile, one per model x task x seed x calibration
+  trials/00007/
+    trial.json               TrialConfig
+    plan.json                SharingPlan
+    metrics.jsonl            Evaluation, one line each
+    outcomes.json            of the last evaluation: one number per validation row, in row order
+    losses.json              training loss of every step
+    result.json              TrialResult: written last, when the trial has ended
+    checkpoints/  adapter/
+  report/                    report.html, pareto.png, …
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+from e2lora.config import Frozen, ModelConfig, Objective, TaskConfig, TrialConfig
+from e2lora.plan import SharingPlan
+
+
+class Evaluation(Frozen):
+    """Metrics after ``step`` optimiser steps."""
+
+    step: int
+    metrics: dict[str, float]
+
+
+class TrialResult(Frozen):
+    """How a trial ended. ``metrics`` are those of its last evaluation, empty if it has none."""
+
+    number: int
+    state: Literal["complete", "failed"]
+    metrics: dict[str, float]
+    adapter_parameters: int
+    head_parameters: int
+    seconds: float
+    attempts: int
+    error: str | None = None
+
+    def value(self, objective: str) -> float:
+        """An objective by its name: a metric, or ``adapter_parameters``."""
+        if objective == "adapter_parameters":
+            return float(self.adapter_parameters)
+        return self.metrics[objective]
+
+
+class StudyRecord(Frozen):
+    """What a study is, so that a report can be made from its folder alone."""
+
+    name: str
+    space: str
+    models: tuple[ModelConfig, ...]
+    tasks: tuple[TaskConfig, ...]
+    objectives: tuple[Objective, ...]
+    budgets: tuple[int, ...]
+    seeds: tuple[int, ...]
+
+
+class TrialFolder:
+    """Paths and readers of one trial; ``number`` is its number in the ledger."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.number = int(path.name)
+        self.result_file = path / "result.json"
+        self.metrics_file = path / "metrics.jsonl"
+        self.outcomes_file = path / "outcomes.json"
+        self.losses_file = path / "losses.json"
+        self.config_file = path / "trial.json"
+        self.plan_file = path / "plan.json"
+        self.checkpoints = path / "checkpoints"
+        self.adapter = path / "adapter"
+
+    def config(self) -> TrialConfig:
+        return TrialConfig.model_validate_json(self.config_file.read_text())
+
+    def plan(self) -> SharingPlan:
+        return SharingPlan.model_validate_json(self.plan_file.read_text())
+
+    def result(self) -> TrialResult | None:
+        """None while the trial has not ended."""
+        if not self.result_file.exists():
+            return None
+        return TrialResult.model_validate_json(self.result_file.read_text())
+
+    def evaluations(self) -> list[Evaluation]:
+        """In order of steps, each step once."""
+        if not self.metrics_file.exists():
+            return []
+        lines = self.metrics_file.read_text().splitlines()
+        return [Evaluation.model_validate_json(line) for line in lines]
+
+    def outcomes(self) -> list[float] | None:
+        return json.loads(self.outcomes_file.read_text()) if self.outcomes_file.exists() else None
+
+
+class StudyFolder:
+    """Paths and readers of one study under a storage path."""
+
+    def __init__(self, storage: Path, name: str) -> None:
+        self.path = storage / name
+        self.name = name
+        self.record_file = self.path / "study.json"
+        self.journal = self.path / "optuna.journal"
+        self.profiles = self.path / "profiles"
+        self.trials = self.path / "trials"
+        self.report = self.path / "report"
+
+    def record(self) -> StudyRecord:
+        return StudyRecord.model_validate_json(self.record_file.read_text())
+
+    def trial(self, number: int) -> TrialFolder:
+        return TrialFolder(self.trials / f"{number:05d}")
+
+    def trial_folders(self) -> list[TrialFolder]:
+        """Those that hold a configuration, by number."""
+        return [TrialFolder(file.parent) for file in sorted(self.trials.glob("*/trial.json"))]
+
+
+def write_json(file: Path, value: BaseModel | Any) -> None:
+    """Write atomically: a reader, or a crash, sees the old file or the whole new one."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(value, BaseModel):
+        text = value.model_dump_json(indent=1)
+    else:
+        text = json.dumps(value, indent=1)
+    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    partial.write_text(text + "\n")
+    os.replace(partial, file)

@@ -1,0 +1,199 @@
+"""The study's Optuna storage is its only ledger: this searcher keeps Tune in step with it.
+
+A trial is asked for, written to its folder (trial.json, plan.json), run, and told from its
+result.json. Whatever is killed in between, the ledger and the folders say where to go on.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.trial import FrozenTrial, TrialState
+from ray.tune.search import Searcher
+from ray.tune.search.optuna import OptunaSearch
+
+from e2lora.config import Study, TrialConfig
+from e2lora.plan import count_adapter_parameters
+from e2lora.pool import Pool
+from e2lora.records import StudyFolder, TrialResult, write_json
+from e2lora.search.plans import Plans, require_declared, with_absolute_paths
+
+MODES = {"maximize": "max", "minimize": "min"}
+
+
+class ChangedSpace(RuntimeError):
+    """The space of a resumed study isn't the one that its trials came from."""
+
+
+class LedgerSearch(OptunaSearch):
+    """OptunaSearch over spaces that return a :class:`TrialConfig`, on durable storage.
+
+    Unfinished trials of an earlier run come first, under their own numbers; then the study's
+    points; then the sampler's, until ``num_trials`` exist.
+    """
+
+    def __init__(
+        self, study: Study, folder: StudyFolder, plans: Plans, pool: Pool, num_trials: int
+    ) -> None:
+        self._study, self._folder, self._plans, self._pool = study, folder, plans, pool
+        self._num_trials = num_trials
+        self._broker_name = pool.broker_name
+        folder.path.mkdir(parents=True, exist_ok=True)
+        super().__init__(
+            space=self._configure,
+            metric=[objective.name for objective in study.objectives],
+            mode=[MODES[objective.direction] for objective in study.objectives],
+            study_name=folder.name,
+            storage=_storage(folder),
+        )
+        ledger: Any = self._ot_study
+        self._ledger: optuna.Study = ledger
+        existing = self._trials()
+        started = sum(trial.state != TrialState.WAITING for trial in existing)
+        # seeded by how far the study is, so that a resumed sampler doesn't repeat itself
+        self._ledger.sampler = optuna.samplers.TPESampler(seed=study.seeds[0] + started)
+        for point in study.points:
+            self._ledger.enqueue_trial(dict(point), skip_if_exists=True)
+        self._unfinished = self._settle(existing)
+
+    @property
+    def num_suggestions(self) -> int:
+        """How many trials are still to be run: unfinished ones and new ones."""
+        started = [t for t in self._trials() if t.state != TrialState.WAITING]
+        return len(self._unfinished) + max(0, self._num_trials - len(started))
+
+    @property
+    def num_open(self) -> int:
+        """How many trials have not ended, those never asked for included."""
+        ended = sum(trial.state.is_finished() for trial in self._trials())
+        return max(0, self._num_trials - ended)
+
+    def _trials(self) -> list[FrozenTrial]:
+        return self._ledger.get_trials(deepcopy=False)
+
+    def _settle(self, existing: list[FrozenTrial]) -> list[FrozenTrial]:
+        """Tell what ended but was not told; return what has to go on."""
+        unfinished = []
+        for trial in existing:
+            if trial.state == TrialState.RUNNING:
+                result = self._folder.trial(trial.number).result()
+                if result is None:
+                    unfinished.append(trial)
+                else:
+                    self._tell(trial.number, result)
+        return unfinished
+
+    def suggest(self, trial_id: str) -> Any:
+        if trial_id not in self._ot_trials:
+            if self._unfinished:
+                frozen = self._unfinished.pop(0)
+                self._ot_trials[trial_id] = optuna.trial.Trial(self._ledger, frozen._trial_id)
+            elif self.num_suggestions == 0:
+                return Searcher.FINISHED
+        try:
+            return super().suggest(trial_id)
+        except ValueError as error:  # what the space returned can't be trained
+            number = self._ot_trials.pop(trial_id).number
+            print(f"trial {number} is failed without training: {error}", flush=True)
+            result = failed_result(number, str(error), attempts=0)
+            write_json(self._folder.trial(number).result_file, result)
+            self._tell(number, result)
+            return self.suggest(trial_id)
+
+    def _configure(self, trial: Any) -> dict[str, Any]:
+        """The space, adapted: what Tune gets is where the trial's configuration stands."""
+        config = self._study.space(trial)
+        require_declared(self._study, [config])
+        config = with_absolute_paths(config)
+        folder = self._folder.trial(trial.number)
+        if folder.config_file.exists() and folder.config() != config:
+            raise ChangedSpace(
+                "a resumed study must have the space it began with; trial "
+                f"{folder.number} differs in {_difference(folder.config(), config)}. Go back to "
+                "that space, or use another --study name."
+            )
+        plan = self._plans.plan_for(config, self._pool)
+        write_json(folder.plan_file, plan)
+        write_json(folder.config_file, config)
+        return {
+            "trial": trial.number,
+            "folder": str(folder.path),
+            "broker": self._broker_name,
+            "system": config.system,
+            "r": config.plan.r,
+            "adapter_parameters": count_adapter_parameters(plan, config.adapter),
+        }
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Optuna takes no intermediate values in a study of several objectives."""
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        """Tell the ledger what the trial's folder says; an interrupted trial stays open."""
+        number = self._ot_trials[trial_id].number
+        folder = self._folder.trial(number)
+        ended = folder.result()
+        if ended is None and error:
+            ended = failed_result(number, "the process that watched over the trial died", 0)
+            write_json(folder.result_file, ended)
+        if ended is not None:
+            self._tell(number, ended)
+
+    def _tell(self, number: int, result: TrialResult) -> None:
+        if result.state == "failed":
+            self._ledger.tell(number, state=TrialState.FAIL, skip_if_finished=True)
+            return
+        values = [result.value(objective.name) for objective in self._study.objectives]
+        self._ledger.tell(number, values, skip_if_finished=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing for the copy that Tune writes for its own restore: ours starts at the ledger."""
+        return {}
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the ledger is durable by itself."""
+        Path(checkpoint_path).touch()
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing, see :meth:`save`."""
+
+
+def failed_result(number: int, error: str, attempts: int) -> TrialResult:
+    return TrialResult(
+        number=number,
+        state="failed",
+        metrics={},
+        adapter_parameters=0,
+        head_parameters=0,
+        seconds=0.0,
+        attempts=attempts,
+        error=error,
+    )
+
+
+def _storage(folder: StudyFolder) -> JournalStorage:
+    file = str(folder.journal)
+    return JournalStorage(JournalFileBackend(file, lock_obj=JournalFileOpenLock(file)))
+
+
+def _difference(old: TrialConfig, new: TrialConfig) -> str:
+    """The fields in which two configurations differ, with both values."""
+    a, b = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    keys = [key for key in {**a, **b} if a.get(key) != b.get(key)]
+    return "; ".join(f"{key}: was {a.get(key)!r}, is {b.get(key)!r}" for key in keys)
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = json.dumps(value)
+    return flat

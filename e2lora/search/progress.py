@@ -1,0 +1,96 @@
+"""What a user sees while a study runs: a line per ended trial, and a pulse with its ETA."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+from ray.tune import Callback
+
+from e2lora.pool import Pool
+from e2lora.records import StudyFolder, TrialFolder
+from e2lora.tracking import Tracker
+
+PULSE_SECONDS = 15.0
+
+
+class Progress(Callback):
+    """Mirrors trials to the tracker as Tune hears of them, and prints how the study goes."""
+
+    def __init__(self, folder: StudyFolder, pool: Pool, tracker: Tracker, num_trials: int) -> None:
+        self._folder, self._pool, self._tracker = folder, pool, tracker
+        self._num_trials = num_trials
+        self._began = time.monotonic()
+        self._ended_before = self._count_ended()
+        self._stop = threading.Event()
+        self._pulse = threading.Thread(target=self._beat, daemon=True)
+
+    def __enter__(self) -> Progress:
+        self._pulse.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stop.set()
+        self._pulse.join()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing for the copy that Tune writes for its own restore."""
+        return {}
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        self._tracker.mirror_trial(self._folder.trial(trial.config["trial"]))
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        folder = self._folder.trial(trial.config["trial"])
+        self._tracker.mirror_trial(folder)
+        print(self._line(folder), flush=True)
+
+    def _line(self, folder: TrialFolder) -> str:
+        config, result = folder.config(), folder.result()
+        head = f"trial {folder.number:>3}  {config.system:<12} r={config.plan.r:<3}"
+        if result is None:
+            return f"{head} left open"
+        if result.state == "failed":
+            return f"{head} FAILED: {(result.error or '').splitlines()[-1][:160]}"
+        metrics = "  ".join(
+            f"{objective.name} {result.value(objective.name):.6g}"
+            for objective in self._folder.record().objectives
+        )
+        return f"{head} {metrics}  {result.seconds:.0f} s"
+
+    def _beat(self) -> None:
+        import ray
+
+        while not self._stop.wait(PULSE_SECONDS):
+            running = ray.get(self._pool.broker.progress.remote())
+            print(self.pulse(running), flush=True)
+
+    def pulse(self, running: dict[str, tuple[int, int]]) -> str:
+        """One line: ended of all, what runs and how far, minutes gone and to go."""
+        ended = self._count_ended()
+        parts, underway = [], 0.0
+        for key, (step, attempt) in sorted(running.items()):
+            if key.startswith("profile"):
+                parts.append("measuring a gradient profile")
+                continue
+            training = self._folder.trial(int(key.rpartition("-")[2])).config().training
+            underway += step / training.max_steps
+            again = f" (attempt {attempt})" if attempt > 1 else ""
+            parts.append(f"#{int(key.rpartition('-')[2])} {step}/{training.max_steps}{again}")
+        gone = time.monotonic() - self._began
+        done_here = ended - self._ended_before + underway
+        eta = "?"
+        if done_here > 0.5:
+            eta = _clock(gone / done_here * (self._num_trials - ended - underway))
+        what = ", ".join(parts) or "worker groups are starting"
+        return f"[{_clock(gone)}] {ended}/{self._num_trials} trials ended; {what}; ETA {eta}"
+
+    def _count_ended(self) -> int:
+        return sum(trial.result_file.exists() for trial in self._folder.trial_folders())
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

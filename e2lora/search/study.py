@@ -1,0 +1,207 @@
+"""Runs a study: preflight, worker groups, Tune over the ledger, tracking, report."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from e2lora.config import GroupSpec, Study, TrialConfig
+from e2lora.pool import HEAD, Pool, slots
+from e2lora.records import StudyFolder, StudyRecord, write_json
+from e2lora.report import render_report
+from e2lora.search.plans import Plans, configurations_of_points, require_declared
+from e2lora.search.progress import Progress
+from e2lora.search.trials import thin_trial
+from e2lora.tracking import Tracker, default_tracking_uri
+
+
+@dataclass(frozen=True)
+class StudyOutcome:
+    """What a run of a study came to; ``interrupted`` studies go on with the same command."""
+
+    folder: StudyFolder
+    num_complete: int
+    num_failed: int
+    interrupted: bool
+
+    @property
+    def exit_code(self) -> int:
+        if self.interrupted:
+            return 130
+        return 1 if self.num_failed or not self.num_complete else 0
+
+
+def run_study(
+    study: Study,
+    space: str,
+    name: str,
+    storage: Path,
+    num_trials: int | None = None,
+    isolated: bool = False,
+) -> StudyOutcome:
+    """Run or resume a study until it holds ``num_trials`` trials; Ray must be initialised.
+
+    Args:
+        space: where the study was imported from; recorded.
+        storage: a folder that all nodes of the cluster share.
+
+    Raises:
+        ValueError, OSError, RuntimeError: anything that can be known to be wrong beforehand,
+            before any training starts.
+    """
+    started = time.monotonic()
+    folder = StudyFolder(storage.expanduser().resolve(), name)
+    num_trials = num_trials or study.num_trials
+    record = _record_study(study, space, folder)
+    plans = Plans(folder)
+    configs = _preflight(study, plans, folder)
+    tracker = Tracker(default_tracking_uri(folder.path.parent), folder, record)
+    spec = GroupSpec.of(configs[0].training) if configs else None
+    print(_opening(study, folder, num_trials, spec, isolated), flush=True)
+    with Pool(name, folder.path / "ray", isolated) as pool:
+        if spec and not isolated:
+            pool.warm(spec)
+        interrupted = _tune(study, folder, plans, pool, tracker, num_trials, spec)
+    tracker.mirror_all()
+    report = render_report(folder, num_trials)
+    tracker.finish(
+        [report.html, *report.pictures, report.csv], "KILLED" if interrupted else "FINISHED"
+    )
+    results = [r for trial in folder.trial_folders() if (r := trial.result())]
+    complete = sum(result.state == "complete" for result in results)
+    print(f"\n{report.table}\n\n{report.verdict}\n")
+    print(f"{complete} of {num_trials} trials complete in {time.monotonic() - started:.0f} s")
+    print(f"report   {folder.report / 'report.html'}")
+    print(f"plans, adapters, results   {folder.trials}")
+    print(tracker.describe(), flush=True)
+    return StudyOutcome(folder, complete, len(results) - complete, interrupted)
+
+
+def _record_study(study: Study, space: str, folder: StudyFolder) -> StudyRecord:
+    """Write study.json, or check that it is of the same study."""
+    record = StudyRecord(
+        name=folder.name,
+        space=space,
+        models=study.models,
+        tasks=study.tasks,
+        objectives=study.objectives,
+        budgets=study.budgets,
+        seeds=study.seeds,
+    )
+    if folder.record_file.exists() and folder.record() != record:
+        raise ValueError(
+            f"a study goes on only with the space it began with; {folder.path} was made from "
+            f"{folder.record().space}, with other models, tasks, objectives, budgets or seeds "
+            f"than {space} has now. Give this one another --study name."
+        )
+    write_json(folder.record_file, record)
+    return record
+
+
+def _preflight(study: Study, plans: Plans, folder: StudyFolder) -> list[TrialConfig]:
+    """Check all that can be checked before a worker starts; the points' configurations."""
+    _require_shared_storage(folder.path)
+    configs = configurations_of_points(study)
+    require_declared(study, configs)
+    for config in configs:
+        plans.check(config)
+    return configs
+
+
+def _require_shared_storage(path: Path) -> None:
+    """With several nodes, what one writes the others must see.
+
+    Raises:
+        ValueError: naming the nodes that don't.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if len(nodes) < 2:
+        return
+    token = path / f".shared-{os.getpid()}"
+    token.touch()
+
+    @ray.remote(num_cpus=0)
+    def sees(file: str) -> bool:
+        return os.path.exists(file)
+
+    try:
+        seen = ray.get(
+            [
+                sees.options(
+                    scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+                ).remote(str(token))
+                for node in nodes
+            ],
+            timeout=60,
+        )
+    finally:
+        token.unlink()
+    blind = [node["NodeManagerAddress"] for node, ok in zip(nodes, seen, strict=True) if not ok]
+    if blind:
+        raise ValueError(
+            f"on several nodes, all must share the storage path; {path} isn't seen from "
+            f"{', '.join(blind)}. Give --storage a folder on a shared file system (NFS, EFS, …)."
+        )
+
+
+def _opening(
+    study: Study, folder: StudyFolder, num_trials: int, spec: GroupSpec | None, isolated: bool
+) -> str:
+    groups = f"{slots(spec)} worker group(s) of {spec.num_workers} worker(s)" if spec else ""
+    return (
+        f"study {folder.name}: {num_trials} trials, {len(study.points)} of them given, "
+        f"{len(study.models)} model(s) x {len(study.tasks)} task(s), {groups}"
+        f"{', each trial in a fresh group' if isolated else ''}\n"
+        f"in {folder.path}"
+    )
+
+
+def _tune(
+    study: Study,
+    folder: StudyFolder,
+    plans: Plans,
+    pool: Pool,
+    tracker: Tracker,
+    num_trials: int,
+    spec: GroupSpec | None,
+) -> bool:
+    """Run what is left of the study; True if it was interrupted."""
+    import optuna
+    from ray import tune
+
+    from e2lora.search.ledger import LedgerSearch
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    searcher = LedgerSearch(study, folder, plans, pool, num_trials)
+    tracker.mirror_all()
+    remaining = searcher.num_suggestions
+    if remaining == 0:
+        print("every trial of this study has ended already; the report is made again", flush=True)
+        return False
+    progress = Progress(folder, pool, tracker, num_trials)
+    tuner = tune.Tuner(
+        tune.with_resources(thin_trial, HEAD),
+        tune_config=tune.TuneConfig(
+            search_alg=searcher,
+            num_samples=remaining,
+            max_concurrent_trials=max(1, slots(spec) if spec else 1),
+            reuse_actors=True,
+            trial_dirname_creator=lambda trial: f"trial-{trial.config['trial']:05d}",
+        ),
+        run_config=tune.RunConfig(
+            name="tune",
+            storage_path=str(folder.path),
+            verbose=0,
+            callbacks=[progress],
+            failure_config=tune.FailureConfig(max_failures=3),
+        ),
+    )
+    with progress:
+        tuner.fit()
+    pool.require_healthy()
+    return searcher.num_open > 0

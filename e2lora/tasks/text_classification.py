@@ -1,0 +1,98 @@
+"""Classification of one text, or a pair of texts, into any number of labels.
+
+Metrics: ``accuracy`` (up), ``loss`` (down), and ``majority_baseline``, the accuracy of always
+answering the validation split's most frequent label.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from e2lora.config import TaskConfig
+from e2lora.tasks.rows import carve_validation, read_splits, require_filled
+
+
+class TextClassification:
+    """See :class:`e2lora.tasks.Task`. Rows are checked as soon as they are read."""
+
+    def __init__(self, config: TaskConfig) -> None:
+        from transformers import AutoModelForSequenceClassification
+
+        self.auto_class = AutoModelForSequenceClassification
+        self.config = config
+        self._text_columns = [config.text_column]
+        self._text_columns += [config.text2_column] if config.text2_column else []
+        splits = read_splits(config, [*self._text_columns, config.label_column])
+        self._rows = carve_validation(splits, config)
+        for split, rows in self._rows.items():
+            require_filled(rows, self._text_columns, str, split, config)
+            require_filled(rows, [config.label_column], (int, str), split, config)
+        self.labels = sorted(set(self._rows["train"][config.label_column]))
+        if len(self.labels) < 2:
+            raise ValueError(
+                f"classification needs at least two labels; column {config.label_column!r} of "
+                f"{config.data!r} holds only {self.labels}. Name the right `label_column`."
+            )
+        self._index = {label: i for i, label in enumerate(self.labels)}
+        self.num_labels = len(self.labels)
+        self._targets = {split: self._label_indices(split) for split in self._rows}
+
+    def _label_indices(self, split: str) -> list[int]:
+        values = self._rows[split][self.config.label_column]
+        for number, value in enumerate(values):
+            if value not in self._index:
+                raise ValueError(
+                    f"every label of the {split} rows must occur in the training rows; row "
+                    f"{number} has {value!r}: {self._rows[split][number]}. Known: "
+                    f"{self.labels[:10]}. Correct the row or the split."
+                )
+        return [self._index[value] for value in values]
+
+    def features(self, split: str, tokenizer: Any) -> list[dict[str, Any]]:
+        rows = self._rows[split]
+        texts = [list(rows[column]) for column in self._text_columns]
+        encoded = tokenizer(*texts, truncation=True, max_length=self.config.max_length)
+        keys = [key for key in encoded if key in tokenizer.model_input_names]
+        return [
+            {**{key: encoded[key][i] for key in keys}, "labels": label}
+            for i, label in enumerate(self._targets[split])
+        ]
+
+    def collate(self, rows: Sequence[dict[str, Any]], tokenizer: Any) -> dict[str, Tensor]:
+        inputs = [{k: v for k, v in row.items() if k != "labels"} for row in rows]
+        batch = dict(tokenizer.pad(inputs, return_tensors="pt"))
+        batch["labels"] = torch.tensor([row["labels"] for row in rows])
+        return batch
+
+    def num_supervised(self, rows: Sequence[dict[str, Any]]) -> int:
+        return len(rows)
+
+    def loss_sum(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
+        return self._losses(self._logits(model, batch), batch).sum()
+
+    def score(self, model: Any, batch: dict[str, Tensor]) -> list[tuple[float, float]]:
+        logits = self._logits(model, batch)
+        right = (logits.argmax(-1) == batch["labels"]).float().tolist()
+        return list(zip(right, self._losses(logits, batch).tolist(), strict=True))
+
+    def metrics(self, scores: Sequence[tuple[float, float]]) -> dict[str, float]:
+        (_, most), *_ = Counter(self._targets["validation"]).most_common(1)
+        return {
+            "accuracy": sum(right for right, _ in scores) / len(scores),
+            "loss": sum(loss for _, loss in scores) / len(scores),
+            "majority_baseline": most / len(self._targets["validation"]),
+        }
+
+    @staticmethod
+    def _logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        return model(**inputs).logits.float()
+
+    @staticmethod
+    def _losses(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        return torch.nn.functional.cross_entropy(logits, batch["labels"], reduction="none")

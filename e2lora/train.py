@@ -1,0 +1,196 @@
+"""One trial inside a worker group: adapt, train, evaluate, checkpoint, save the adapter.
+
+Every random choice is a pure function of the trial's seed, the step and the worker's rank, so a
+resumed trial, one on a used group and one in a fresh process give the same numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from e2lora.adapters import adapt, count_parameters
+from e2lora.adapters.storage import save_adapter
+from e2lora.checkpoint import TrainState, load_checkpoint, save_checkpoint
+from e2lora.config import TrialConfig, fingerprint_of
+from e2lora.data import microbatches_of, step_rows
+from e2lora.engine import Engine
+from e2lora.evaluate import evaluate
+from e2lora.models import Base, reset_head
+from e2lora.plan import SharingPlan
+from e2lora.records import Evaluation, TrialFolder
+from e2lora.tasks import TrialData
+
+
+class TrialStopped(Exception):
+    """The attempt is no longer wanted: stop at once and report nothing."""
+
+
+@dataclass(frozen=True)
+class Reports:
+    """How a running trial speaks to the study; all are called on every worker.
+
+    ``on_step`` raises :class:`TrialStopped`, on all workers or none; so it is called by all at
+    the same point. ``alive`` may be called at any time, and never raises.
+    """
+
+    alive: Callable[[], None] = lambda: None
+    on_step: Callable[[int], None] = lambda step: None
+    on_evaluation: Callable[[Evaluation, list[float]], None] = lambda evaluation, outcomes: None
+
+
+@dataclass(frozen=True)
+class TrainedTrial:
+    """What a finished trial leaves: loss of every step, evaluations, and counts."""
+
+    losses: list[float]
+    evaluations: list[Evaluation]
+    adapter_parameters: int
+    head_parameters: int
+
+
+def run_trial(
+    base: Base,
+    data: TrialData,
+    plan: SharingPlan,
+    config: TrialConfig,
+    folder: TrialFolder,
+    reports: Reports,
+    group: Any = None,
+) -> TrainedTrial:
+    """Train one trial, from its newest checkpoint if there is one; leaves ``base`` as it was.
+
+    Args:
+        group: process group of all workers, or None for one.
+
+    Raises:
+        TrialStopped: from ``reports``.
+        FloatingPointError: the loss is not finite.
+        ValueError: the plan doesn't fit, or a checkpoint is another trial's.
+    """
+    reset_head(base.model, base.head, config.seed)
+    torch.manual_seed(config.seed)
+    adapted = adapt(base.model, plan, config.adapter, base.head)
+    try:
+        return _Run(base, data, plan, config, folder, reports, group, adapted).to_the_end()
+    finally:
+        adapted.unload()
+        base.model.requires_grad_(False)
+        base.model.eval()
+
+
+class _Run:
+    def __init__(
+        self,
+        base: Base,
+        data: TrialData,
+        plan: SharingPlan,
+        config: TrialConfig,
+        folder: TrialFolder,
+        reports: Reports,
+        group: Any,
+        adapted: Any,
+    ) -> None:
+        self.base, self.data, self.plan, self.config = base, data, plan, config
+        self.folder, self.reports, self.group, self.adapted = folder, reports, group, adapted
+        self.rank = dist.get_rank(group) if group else 0
+        self.identity = fingerprint_of([config.identity(), plan.fingerprint()])
+        self.losses: list[float] = []
+        self.evaluations: list[Evaluation] = []
+
+    def to_the_end(self) -> TrainedTrial:
+        training = self.config.training
+        adapter_parameters, head_parameters = count_parameters(self.adapted)
+        self.engine = Engine(self.adapted, training)
+        try:
+            start = self._resume()
+            for step in range(start, training.max_steps):
+                self._train_step(step)
+                self.reports.on_step(step + 1)
+                if self._evaluation_is_due(step + 1):
+                    self._evaluate(step + 1)
+        finally:
+            self.engine.close()
+        if self.rank == 0:
+            save_adapter(
+                self.folder.adapter, self.adapted, self.base, self.plan, self.config.adapter
+            )
+        return TrainedTrial(self.losses, self.evaluations, adapter_parameters, head_parameters)
+
+    def _resume(self) -> int:
+        state = load_checkpoint(self.folder.checkpoints, self.identity)
+        if state is None:
+            return 0
+        self.engine.restore(state.tensors, state.step)
+        self.losses, self.evaluations = state.losses, state.evaluations
+        for evaluation in self.evaluations:  # the study may not have heard of the last ones
+            self.reports.on_evaluation(evaluation, state.outcomes)
+        return state.step
+
+    def _train_step(self, step: int) -> None:
+        config, training = self.config, self.config.training
+        task, tokenizer = self.data.task, self.base.tokenizer
+        torch.manual_seed(_seed_of(config.seed, step, self.rank))
+        numbers = step_rows(self.data.lengths, step, training.global_batch_size, config.seed)
+        rows = [self.data.train[i] for i in numbers]
+        num_micro = training.gradient_accumulation_steps
+        # DeepSpeed averages over workers and microbatches; the loss is a mean over the batch.
+        scale = training.num_workers * num_micro / task.num_supervised(rows)
+        total = torch.zeros((), dtype=torch.float64)
+        self.adapted.train()
+        for micro in microbatches_of(rows, self.rank, training.num_workers, num_micro):
+            batch = task.collate(micro, tokenizer)
+            batch = {key: value.to(self.engine.device) for key, value in batch.items()}
+            loss = task.loss_sum(self.engine.module, batch)
+            total += loss.detach().double().cpu()
+            self.engine.backward(loss * scale)
+            self.engine.micro_step(step)
+        if self.group:
+            dist.all_reduce(total, group=self.group)
+        mean = float(total) / task.num_supervised(rows)
+        if not math.isfinite(mean):
+            raise FloatingPointError(
+                f"the training loss must stay finite; it was {mean} at step {step + 1} with "
+                f"learning_rate={training.learning_rate:g}. Lower the learning rate."
+            )
+        self.losses.append(mean)
+
+    def _evaluation_is_due(self, step: int) -> bool:
+        training = self.config.training
+        every = training.eval_every
+        return step == training.max_steps or (every is not None and step % every == 0)
+
+    def _evaluate(self, step: int) -> None:
+        """Evaluate, checkpoint, report: in this order, so that a reported step is never redone."""
+        metrics, outcomes = evaluate(
+            self.adapted,
+            self.data.task,
+            self.base.tokenizer,
+            self.data.validation,
+            self.config.training.eval_batch_size,
+            self.group,
+            on_batch=self.reports.alive,
+        )
+        since = self.evaluations[-1].step if self.evaluations else 0
+        recent = self.losses[since:]
+        metrics["train_loss"] = math.fsum(recent) / len(recent)
+        evaluation = Evaluation(step=step, metrics=metrics)
+        self.evaluations.append(evaluation)
+        tensors = self.engine.gather()
+        self.reports.on_step(step)  # an attempt that lost its trial must not write
+        if self.rank == 0:
+            state = TrainState(
+                step, self.identity, tensors, self.losses, self.evaluations, outcomes
+            )
+            save_checkpoint(self.folder.checkpoints, state)
+        self.reports.on_evaluation(evaluation, outcomes)
+
+
+def _seed_of(seed: int, step: int, rank: int) -> int:
+    """A seed of its own for every step and worker (dropout), without any state to store."""
+    return int(fingerprint_of([seed, step, rank]), 16) % 2**63

@@ -1,0 +1,184 @@
+"""What runs inside a resident worker group: the loop that serves jobs one after another.
+
+The process group, imports, frozen base model and tokenised data stay in memory between jobs.
+Worker 0 speaks with the broker; what it hears is broadcast, so all workers do the same. While
+idle, that broadcast is the heartbeat that keeps collectives from timing out.
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from e2lora.broker import Attempt
+from e2lora.config import GroupSpec, TrialConfig
+from e2lora.models import Base, load_base, weights_fingerprint
+from e2lora.profile import measure_profile
+from e2lora.records import Evaluation, TrialFolder, write_json
+from e2lora.tasks import TrialData, load_task
+from e2lora.train import Reports, TrialStopped, run_trial
+
+SIGN_OF_LIFE_SECONDS = 1.0
+
+
+class Resident:
+    """What a group keeps between jobs: at most one base model, and the tokenised tasks."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype, self.device = dtype, device
+        self._base_key: str | None = None
+        self._base: Base | None = None
+        self._data: dict[str, TrialData] = {}
+
+    def load(self, config: TrialConfig) -> tuple[Base, TrialData]:
+        """The base and the data of a trial, from memory where they are there already."""
+        key = config.model.fingerprint()
+        data_key = f"{config.task.fingerprint()}-{key}"
+        task = self._data[data_key].task if data_key in self._data else load_task(config.task)
+        base_key = f"{key}-{task.auto_class.__name__}-{task.num_labels}"
+        if self._base_key != base_key or self._base is None:
+            self._base = None
+            base = load_base(config.model, task.auto_class, task.num_labels, self.dtype)
+            base.model.to(self.device)
+            self._base, self._base_key = base, base_key
+        if data_key not in self._data:
+            tokenizer = self._base.tokenizer
+            splits = {s: task.features(s, tokenizer) for s in ("train", "validation")}
+            self._data[data_key] = TrialData(task, splits["train"], splits["validation"])
+        return self._base, self._data[data_key]
+
+    def drop_changed_base(self) -> None:
+        """Between jobs the base must be as it was loaded; otherwise the next job loads it anew."""
+        base = self._base
+        if base and weights_fingerprint(base.model, skip=base.head) != base.fingerprint:
+            print("the base model changed during the last job: it is loaded again", flush=True)
+            self._base = self._base_key = None
+
+
+class Link:
+    """Worker 0's line to the broker, and its echo to the other workers of the group."""
+
+    def __init__(self, broker: Any, group: Any) -> None:
+        self._broker, self._group = broker, group
+        self.rank = dist.get_rank(group) if group else 0
+        self._last_sign = 0.0
+        self._wanted = True
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """Ask the broker on worker 0; every worker gets the answer. Collective."""
+        return self.echo(self._ask(method, *arguments) if self.rank == 0 else None)
+
+    def echo(self, value: Any) -> Any:
+        if self._group is None:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self._group)
+        return box[0]
+
+    def _ask(self, method: str, *arguments: Any) -> Any:
+        import ray
+
+        return ray.get(getattr(self._broker, method).remote(*arguments))
+
+    def reports(self, token: str) -> Reports:
+        """How the trial of this attempt speaks."""
+
+        def alive(step: int | None = None) -> None:
+            if self.rank == 0 and time.monotonic() - self._last_sign > SIGN_OF_LIFE_SECONDS:
+                self._last_sign = time.monotonic()
+                self._wanted = self._ask("alive", token, step)
+
+        def on_step(step: int) -> None:
+            alive(step)
+            if not self.echo(self._wanted):
+                raise TrialStopped(token)
+
+        def on_evaluation(evaluation: Evaluation, outcomes: list[float]) -> None:
+            if not self.call("report", token, evaluation.model_dump(), outcomes):
+                raise TrialStopped(token)
+
+        self._last_sign, self._wanted = 0.0, True
+        return Reports(alive=alive, on_step=on_step, on_evaluation=on_evaluation)
+
+
+def run_trial_job(
+    resident: Resident, attempt: Attempt, reports: Reports, group: Any
+) -> dict[str, Any]:
+    """Payload: ``folder`` of the trial, which holds trial.json and plan.json."""
+    started = time.monotonic()
+    folder = TrialFolder(Path(attempt.job.payload["folder"]))
+    config, plan = folder.config(), folder.plan()
+    base, data = resident.load(config)
+    reports.on_step(0)
+    trained = run_trial(base, data, plan, config, folder, reports, group)
+    return {
+        "metrics": trained.evaluations[-1].metrics,
+        "losses": trained.losses,
+        "adapter_parameters": trained.adapter_parameters,
+        "head_parameters": trained.head_parameters,
+        "seconds": time.monotonic() - started,
+    }
+
+
+def run_profile_job(
+    resident: Resident, attempt: Attempt, reports: Reports, group: Any
+) -> dict[str, Any]:
+    """Payload: ``config``, a TrialConfig as JSON, and the ``file`` to write the profile to."""
+    config = TrialConfig.model_validate_json(attempt.job.payload["config"])
+    base, data = resident.load(config)
+    profile = measure_profile(base, data, config, group)
+    if not group or dist.get_rank(group) == 0:
+        write_json(Path(attempt.job.payload["file"]), profile)
+    return {"mean_loss": profile.provenance.mean_loss}
+
+
+JOBS: dict[str, Callable[[Resident, Attempt, Reports, Any], dict[str, Any]]] = {
+    "trial": run_trial_job,
+    "profile": run_profile_job,
+}
+
+
+def serve(broker: Any, name: str, spec: GroupSpec, max_jobs: int | None) -> None:
+    """Serve jobs until told to retire, or ``max_jobs`` are done. Runs on every worker.
+
+    A job that raises is reported as failed. With one worker the group goes on; with several the
+    others may hang in a collective, so the error is raised and the whole group is replaced.
+    """
+    if spec.gpus_per_worker == 0:
+        torch.set_num_threads(max(1, int(spec.cpus_per_worker)))
+    device = torch.device("cuda" if spec.gpus_per_worker else "cpu")
+    dtype = torch.bfloat16 if spec.precision == "bf16" else torch.float32
+    group = dist.new_group(backend="gloo") if spec.num_workers > 1 else None
+    resident, link, done = Resident(dtype, device), Link(broker, group), 0
+    incarnation = link.call("join", name)
+    while max_jobs is None or done < max_jobs:
+        attempt = link.call("next_attempt", name, incarnation, spec)
+        if attempt == "retire":
+            return
+        if attempt is None:
+            continue  # the broker waited a while before it said so
+        try:
+            work = JOBS[attempt.job.kind]
+            result = work(resident, attempt, link.reports(attempt.token), group)
+            link.call("complete", attempt.token, result)
+        except TrialStopped:
+            pass
+        except Exception as error:
+            link._ask("fail", attempt.token, _explain(error))
+            if group or device.type == "cuda":
+                raise
+        resident.drop_changed_base()
+        done += 1
+
+
+def _explain(error: Exception) -> str:
+    """A user's error as its message; anything else with its traceback."""
+    if isinstance(error, ValueError | FloatingPointError | OSError):
+        return str(error)
+    return "".join(traceback.format_exception(error)).strip()

@@ -1,0 +1,48 @@
+"""Run or resume a study: compare sharing schemes, sizes and learning rates of LoRA adapters.
+
+    python jobs/search.py                                 # the quickstart, on this machine
+    ray job submit --working-dir . -- python jobs/search.py --storage /shared/studies
+
+The same command with the same --study goes on where it was interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--space", default="search_spaces.quickstart", help="module with `study`")
+    parser.add_argument("--trials", type=int, help="how many the study shall hold in all")
+    parser.add_argument("--storage", type=Path, help="folder that all nodes share")
+    parser.add_argument("--study", help="its name; a known one is resumed (default: the space's)")
+    parser.add_argument("--isolated", action="store_true", help="each trial in fresh processes")
+    options = parser.parse_args(arguments)
+    for place in (str(ROOT), os.getcwd()):
+        if place not in sys.path:
+            sys.path.insert(0, place)
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )  # for workers of a Ray that this process starts
+
+    from e2lora.search.entry import run_command
+
+    return run_command(
+        space=options.space,
+        num_trials=options.trials,
+        storage=options.storage,
+        name=options.study,
+        isolated=options.isolated,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,43 @@
+"""What several tests share: small trials on the demo's own model and data, and honest skipping."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it, outside of Ray Train
+
+ROOT = Path(__file__).resolve().parents[1]
+LACKING: list[str] = []
+
+
+def data_folder(name: str) -> str:
+    """A data set of ``E2LORA_DATA`` (default: beside the checkout); skips, counted, if absent."""
+    root = Path(os.environ.get("E2LORA_DATA", ROOT.parent / "shared" / "data"))
+    return _found(root / name)
+
+
+def model_folder(name: str) -> str:
+    """A model of ``E2LORA_MODELS`` (default: the user's cache); skips, counted, if absent."""
+    root = Path(os.environ.get("E2LORA_MODELS", Path.home() / ".cache" / "e2lora-models"))
+    return _found(root / name)
+
+
+def _found(path: Path) -> str:
+    if not path.exists():
+        LACKING.append(str(path))
+        pytest.skip(f"{path} isn't there")
+    return str(path)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if LACKING:
+        names = ", ".join(sorted({Path(path).name for path in LACKING}))
+        terminalreporter.write_line(
+            f"{len(LACKING)} test(s) skipped for lack of further data or models ({names}): "
+            "set E2LORA_DATA and E2LORA_MODELS to the folders that hold them."
+        )

@@ -1,0 +1,282 @@
+"""From profile to plan, by hand and for any profile; and what a plan must refuse."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from e2lora.config import AdapterConfig, PlanConfig
+from e2lora.moments import GradientProfile, LayerGradient, Moments, Provenance, Target
+from e2lora.plan import (
+    Group,
+    SharingPlan,
+    build_plan,
+    count_adapter_parameters,
+    require_plan_fits,
+)
+
+Q, V = "h.*.q", "h.*.v"
+LORA, SHARED_A = (
+    AdapterConfig(target_modules=("q", "v"), a_scope=scope) for scope in ("interval", "type")
+)
+stds = st.lists(st.floats(1e-8, 1e3), min_size=1, max_size=12)
+
+
+def make_targets(
+    num_layers: int, q: tuple[int, int] = (8, 8), v: tuple[int, int] | None = None
+) -> list[Target]:
+    """``num_layers`` layers with a weight q, and v if its (in, out) is given."""
+    shapes = {"q": q} if v is None else {"q": q, "v": v}
+    return [
+        Target(
+            path=f"h.{layer}.{name}",
+            module_type=f"h.*.{name}",
+            layer=layer,
+            in_features=shape[0],
+            out_features=shape[1],
+        )
+        for layer in range(num_layers)
+        for name, shape in shapes.items()
+    ]
+
+
+def make_profile(targets: Sequence[Target], stds: Sequence[float]) -> GradientProfile:
+    provenance = Provenance(
+        model="tiny",
+        model_fingerprint="0" * 16,
+        task="reviews",
+        num_samples=8,
+        num_supervised=8,
+        seed=0,
+        dtype="float32",
+        mean_loss=0.7,
+        method="blocks",
+        num_workers=1,
+        versions={},
+    )
+    layers = tuple(
+        LayerGradient(
+            target=target,
+            moments=Moments(
+                count=target.in_features * target.out_features, mean=0.0, std=std, mean_abs=std
+            ),
+        )
+        for target, std in zip(targets, stds, strict=True)
+    )
+    return GradientProfile(provenance=provenance, layers=layers)
+
+
+def shape_of(plan: SharingPlan) -> list[tuple[tuple[int, ...], int]]:
+    return [(group.layers, group.r) for group in plan.groups]
+
+
+def test_e2_plan_of_five_layers_is_the_one_worked_out_by_hand() -> None:
+    """σ = 1, 1, 4, 4, 1, base rank 4, weights 8 x 8. The numbers of each step:
+
+    cuts: similarity 1 or log2(17/16) = 0.087; thresholds 0.544 at layer 0, 0.316 at layer 2;
+    intervals (0, 1), (2, 3), (4). Weights √σ = 1, 2, 1, relative ½, 1, ½. Budget 5·4 = 20, one
+    rank costs 2, 2, 1. Granted where weight/(rank + ½) is largest: ranks 3, 5, 3, which spend
+    6 + 10 + 3 = 19; the next grant (interval 1, cost 2) would exceed 20. α = 16·rank/4.
+    Parameters: (3 + 5 + 3)·(8 + 8) = 176, of LoRA's 5·4·16 = 320.
+    """
+    targets = make_targets(5)
+    plan = build_plan(
+        targets, PlanConfig(topology="e2", r=4), make_profile(targets, [1, 1, 4, 4, 1])
+    )
+    assert shape_of(plan) == [((0, 1), 3), ((2, 3), 5), ((4,), 3)]
+    assert [group.lora_alpha for group in plan.groups] == [12.0, 20.0, 12.0]
+    assert [(b.module_type, b.available, b.spent) for b in plan.budgets] == [(Q, 20, 19)]
+    assert count_adapter_parameters(plan, LORA) == 176
+    # A at type scope: one of the largest rank, 5·8, and B of each group, (3 + 5 + 3)·8.
+    assert count_adapter_parameters(plan, SHARED_A) == 40 + 88
+
+
+def test_interval_is_weighed_by_its_highest_entropy() -> None:
+    """σ = 1, 1.3 and 4, 4: the weights' ratio is √(4/1.3) = 1.75, and not 2 as by the lowest.
+
+    Both cost 2 of 32, so the ranks' sum is 16 and (r + ½) is shared as 1 : 1.75, 17/2.75 = 6.2:
+    6 and 10. By the lowest entropy, or the first of the first order, 17/3 = 5.7: 5 and 11.
+    """
+    targets = make_targets(4, q=(16, 16))
+    options = PlanConfig(topology="e2", r=8)
+    for values in ([1.0, 1.3, 4.0, 4.0], [1.3, 1.0, 4.0, 4.0]):
+        plan = build_plan(targets, options, make_profile(targets, values))
+        assert shape_of(plan) == [((0, 1), 6), ((2, 3), 10)]
+
+
+def test_each_module_type_is_partitioned_and_budgeted_alone() -> None:
+    targets = make_targets(3, q=(8, 8), v=(16, 4))
+    flat, steep = [1.0, 1.0, 1.0], [1.0, 1.0, 100.0]
+    by_layer = [std for pair in zip(flat, steep, strict=True) for std in pair]
+    plan = build_plan(targets, PlanConfig(topology="e2", r=2), make_profile(targets, by_layer))
+    assert [group.layers for group in plan.groups_of(Q)] == [(0, 1, 2)]
+    assert [group.layers for group in plan.groups_of(V)] == [(0, 1), (2,)]
+    assert {b.module_type: b.available for b in plan.budgets} == {Q: 6, V: 6}
+
+
+@given(stds, st.integers(1, 8))
+def test_plan_covers_every_layer_once_and_keeps_its_budget(values: list[float], r: int) -> None:
+    targets = make_targets(len(values))
+    plan = build_plan(targets, PlanConfig(topology="e2", r=r), make_profile(targets, values))
+    require_plan_fits(plan, targets)
+    (budget,) = plan.budgets
+    spent = sum(len(group.layers) * group.r for group in plan.groups)
+    longest = max(len(group.layers) for group in plan.groups)
+    assert budget.spent == spent
+    assert 0 <= len(values) * r - spent < longest
+    assert all(group.lora_alpha / group.r == pytest.approx(16.0 / r) for group in plan.groups)
+
+
+@given(stds, st.integers(1, 8))
+def test_plan_is_a_function_of_profile_and_options(values: list[float], r: int) -> None:
+    """Bit for bit, through JSON, and whatever the order in which the profile lists its layers."""
+    targets = make_targets(len(values))
+    profile, options = make_profile(targets, values), PlanConfig(topology="e2", r=r)
+    plan = build_plan(targets, options, profile)
+    read = SharingPlan.model_validate_json(plan.model_dump_json(indent=1))
+    assert read == plan
+    assert read.fingerprint() == plan.fingerprint()
+    reread = GradientProfile.model_validate_json(profile.model_dump_json())
+    assert build_plan(targets, options, reread).fingerprint() == plan.fingerprint()
+    shuffled = profile.model_copy(update={"layers": profile.layers[::-1]})
+    assert build_plan(targets, options, shuffled).groups == plan.groups
+
+
+@given(stds)
+def test_no_e2_group_loses_rank_as_the_base_rank_rises(values: list[float]) -> None:
+    targets = make_targets(len(values))
+    profile = make_profile(targets, values)
+    plans = [build_plan(targets, PlanConfig(topology="e2", r=r), profile) for r in range(1, 9)]
+    for low, high in pairwise(plans):
+        assert [g.layers for g in low.groups] == [g.layers for g in high.groups]
+        assert all(a.r <= b.r for a, b in zip(low.groups, high.groups, strict=True))
+
+
+def test_plan_says_which_profile_it_is_from_and_only_then() -> None:
+    targets = make_targets(3)
+    profile = make_profile(targets, [1, 2, 3])
+    plan = build_plan(targets, PlanConfig(topology="e2"), profile)
+    assert plan.profile_fingerprint == profile.fingerprint()
+    assert build_plan(targets, PlanConfig(topology="none"), profile).profile_fingerprint is None
+
+
+def test_group_of_target_finds_the_group_that_holds_it() -> None:
+    targets = make_targets(4, v=(8, 8))
+    plan = build_plan(targets, PlanConfig(topology="blocks", block_size=2, r=2))
+    owner = plan.group_of_target()
+    assert (owner["h.2.v"].module_type, owner["h.2.v"].layers) == (V, (2, 3))
+    assert owner["h.2.v"] is owner["h.3.v"]
+    assert len(owner) == 8
+
+
+# 12 layers of hidden size 768, query and value: the published counts of RoBERTa-base. The others
+# by the formulas of each system, with in and out unequal so that they can't be confused.
+COUNTS = [
+    ("none", None, LORA, (768, 768), (768, 768), 8, 294_912),
+    ("none", None, SHARED_A, (768, 768), (768, 768), 8, 159_744),
+    ("none", None, LORA, (32, 24), (32, 8), 4, 4 * 12 * (32 + 24 + 32 + 8)),
+    ("none", None, SHARED_A, (32, 24), (32, 8), 4, 4 * (32 + 32) + 4 * 12 * (24 + 8)),
+    ("all", None, LORA, (32, 24), (32, 8), 4, 4 * (32 + 24 + 32 + 8)),
+    ("all", None, SHARED_A, (32, 24), (32, 8), 4, 4 * (32 + 24 + 32 + 8)),
+    ("blocks", 5, LORA, (32, 24), (32, 8), 4, 4 * 3 * (32 + 24 + 32 + 8)),
+    ("blocks", 5, SHARED_A, (32, 24), (32, 8), 4, 4 * (32 + 32) + 4 * 3 * (24 + 8)),
+]
+
+
+@pytest.mark.parametrize(("topology", "size", "adapter", "q", "v", "r", "expected"), COUNTS)
+def test_parameters_are_counted_as_the_formulas_say(
+    topology: str,
+    size: int | None,
+    adapter: AdapterConfig,
+    q: tuple[int, int],
+    v: tuple[int, int],
+    r: int,
+    expected: int,
+) -> None:
+    options = PlanConfig(topology=topology, block_size=size, r=r)  # type: ignore[arg-type]
+    plan = build_plan(make_targets(12, q, v), options)
+    assert count_adapter_parameters(plan, adapter) == expected
+
+
+def test_rank_above_the_weights_size_is_refused_with_the_largest_possible() -> None:
+    targets = make_targets(2, q=(64, 64), v=(64, 4))
+    for topology in ("none", "all"):
+        with pytest.raises(ValueError, match=r"r=5 for h\.\*\.v \(4 x 64\).*Use r <= 4"):
+            build_plan(targets, PlanConfig(topology=topology, r=5))
+    build_plan(targets, PlanConfig(r=4))
+
+
+def test_e2_without_a_profile_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"'e2'.*needs a gradient profile"):
+        build_plan(make_targets(2), PlanConfig(topology="e2"))
+
+
+def test_profile_that_lacks_a_target_is_refused_by_name() -> None:
+    targets = make_targets(3)
+    profile = make_profile(targets[:2], [1.0, 2.0])
+    with pytest.raises(ValueError, match=r"lacks 1: h\.2\.q"):
+        build_plan(targets, PlanConfig(topology="e2"), profile)
+
+
+def test_profile_of_another_shape_is_refused() -> None:
+    profile = make_profile(make_targets(2, q=(8, 16)), [1.0, 2.0])
+    with pytest.raises(ValueError, match=r"same shape; it lacks 2: h\.0\.q, h\.1\.q"):
+        build_plan(make_targets(2), PlanConfig(topology="e2"), profile)
+
+
+def test_dead_gradient_is_refused_where_it_is_used() -> None:
+    targets = make_targets(3)
+    profile = make_profile(targets, [1.0, 0.0, 1.0])
+    with pytest.raises(ValueError, match=r"h\.1\.q"):
+        build_plan(targets, PlanConfig(topology="e2"), profile)
+    build_plan(targets, PlanConfig(topology="none"), profile)
+
+
+def test_unknown_key_in_a_plan_is_refused() -> None:
+    text = build_plan(make_targets(2), PlanConfig()).model_dump_json()
+    with pytest.raises(ValidationError, match="lora_alhpa"):
+        SharingPlan.model_validate_json(text.replace('"lora_alpha"', '"lora_alhpa"'))
+
+
+def test_plan_of_another_version_is_refused() -> None:
+    text = build_plan(make_targets(2), PlanConfig()).model_dump_json()
+    newer = text.replace('"version":1', '"version":2')
+    assert newer != text
+    with pytest.raises(ValidationError, match="version"):
+        SharingPlan.model_validate_json(newer)
+
+
+def test_plan_is_checked_against_the_model_both_ways() -> None:
+    plan = build_plan(make_targets(3), PlanConfig(r=2))
+    require_plan_fits(plan, make_targets(3))
+    with pytest.raises(ValueError, match=r"only in the plan: \['h\.2\.q'\].*model: none \(1 and 0"):
+        require_plan_fits(plan, make_targets(2))
+    with pytest.raises(ValueError, match=r"only in the plan: none.*model: \['h\.3\.q'\]"):
+        require_plan_fits(plan, make_targets(4))
+    with pytest.raises(ValueError, match=re.escape("(3 and 3 in all)")):
+        require_plan_fits(plan, make_targets(3, q=(8, 16)))
+
+
+@pytest.mark.parametrize(
+    ("layers", "culprit"),
+    [
+        pytest.param([(0, 1), (1, 2)], 1, id="layer 1 twice"),
+        pytest.param([(0, 1, 1), (2,)], 1, id="layer 1 twice in one group"),
+        pytest.param([(0,), (2,)], 1, id="layer 1 missing"),
+        pytest.param([(0, 1), (2, 3)], 3, id="layer 3 unknown"),
+    ],
+)
+def test_groups_that_do_not_cover_each_layer_once_are_refused(
+    layers: list[tuple[int, ...]], culprit: int
+) -> None:
+    targets = make_targets(3)
+    groups = tuple(Group(module_type=Q, layers=part, r=2, lora_alpha=4.0) for part in layers)
+    plan = build_plan(targets, PlanConfig(r=2)).model_copy(update={"groups": groups})
+    with pytest.raises(ValueError, match=rf"exactly once.*: \[\('h\.\*\.q', {culprit}\)\]"):
+        require_plan_fits(plan, targets)

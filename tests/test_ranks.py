@@ -1,0 +1,128 @@
+"""Ranks under a budget: what the allocation promises, for any weights."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from e2lora.ranks import ALLOCATIONS, BUDGETS, allocate_ranks, entropy_power, layer_budget
+
+entropies = st.floats(-20.0, 5.0)
+
+
+@st.composite
+def problems(draw: Any) -> tuple[list[float], list[int], int, int]:
+    """Entropies and lengths of some intervals, a base rank, and the largest rank a weight has."""
+    lengths = draw(st.lists(st.integers(1, 6), min_size=1, max_size=8))
+    values = draw(st.lists(entropies, min_size=len(lengths), max_size=len(lengths)))
+    max_rank = draw(st.integers(1, 40))
+    return values, lengths, draw(st.integers(1, max_rank)), max_rank
+
+
+def solve(values: list[float], lengths: list[int], r: int, max_rank: int) -> list[int]:
+    budget, costs = layer_budget(lengths, r)
+    return allocate_ranks(entropy_power(values, beta=0.5), costs, budget, max_rank)
+
+
+@given(problems())
+def test_more_entropy_never_gets_less_rank(problem: Any) -> None:
+    values, *_ = problem
+    ranks = solve(*problem)
+    for high, rank_of_high in zip(values, ranks, strict=True):
+        for low, rank_of_low in zip(values, ranks, strict=True):
+            if high > low + 1e-9:
+                assert rank_of_high >= rank_of_low
+
+
+@given(problems())
+def test_ranks_lie_between_one_and_the_weights_size(problem: Any) -> None:
+    *_, max_rank = problem
+    ranks = solve(*problem)
+    assert min(ranks) >= 1
+    assert max(ranks) <= max_rank
+
+
+@given(problems())
+def test_budget_is_kept_and_missed_by_less_than_one_grant(problem: Any) -> None:
+    _, lengths, r, _ = problem
+    ranks = solve(*problem)
+    shortfall = sum(lengths) * r - sum(n * k for n, k in zip(lengths, ranks, strict=True))
+    assert 0 <= shortfall < max(lengths)
+
+
+@given(problems())
+def test_ranks_never_fall_as_the_base_rank_rises(problem: Any) -> None:
+    values, lengths, _, max_rank = problem
+    before = [1] * len(lengths)
+    for r in range(1, max_rank + 1):
+        ranks = solve(values, lengths, r, max_rank)
+        assert all(new >= old for new, old in zip(ranks, before, strict=True))
+        before = ranks
+    assert before == [max_rank] * len(lengths)
+
+
+@given(entropies, st.lists(st.integers(1, 6), min_size=1, max_size=8), st.integers(1, 16))
+def test_one_length_and_one_entropy_give_the_base_rank(
+    entropy: float, lengths: list[int], r: int
+) -> None:
+    equal = [3] * len(lengths)
+    assert solve([entropy] * len(equal), equal, r, 64) == [r] * len(equal)
+
+
+def test_grants_of_a_small_problem_as_by_hand() -> None:
+    """Weights ½, 1, ½, costs 2, 2, 1, budget 20; weight/(rank + ½) decides:
+
+    ranks 1 1 1 spend 5. Interval 1 at .667 → 2 (7), at .400 → 3 (9); interval 0 at .333 → 2 (11),
+    interval 2 at .333 → 2 (12); interval 1 at .286 → 4 (14), at .222 → 5 (16); interval 0 at .200
+    → 3 (18), interval 2 at .200 → 3 (19); interval 1 at .182 would spend 21: stop.
+    """
+    assert allocate_ranks([0.5, 1.0, 0.5], [2, 2, 1], budget=20, max_rank=8) == [3, 5, 3]
+
+
+def test_cheaper_grant_is_never_taken_in_place_of_one_too_dear() -> None:
+    """One unit is left: interval 0 comes next and costs 2, so interval 1 doesn't get it."""
+    assert allocate_ranks([1.0, 0.1], [2, 1], budget=4, max_rank=8) == [1, 1]
+
+
+def test_first_grant_is_weighed_like_the_later_ones() -> None:
+    """1/1.5 = .667, then 1/2.5 = .4 before .5/1.5 = .333: both grants go to interval 0."""
+    assert allocate_ranks([1.0, 0.5], [1, 1], budget=4, max_rank=8) == [3, 1]
+
+
+def test_ties_go_to_the_earliest_interval() -> None:
+    assert allocate_ranks([1.0, 1.0, 1.0], [1, 1, 1], budget=5, max_rank=8) == [2, 2, 1]
+
+
+def test_full_interval_leaves_the_rest_to_the_others() -> None:
+    assert allocate_ranks([1000.0, 1.0], [1, 1], budget=8, max_rank=4) == [4, 4]
+
+
+@pytest.mark.parametrize("name", ALLOCATIONS)
+def test_weights_are_positive_even_for_far_entropies(name: str) -> None:
+    """The contract of every entry of the registry."""
+    weights = ALLOCATIONS[name]([-30.0, 0.0, 10.0], 0.5)
+    assert 0 < weights[0] <= weights[1] <= weights[2] < math.inf
+
+
+@pytest.mark.parametrize("name", BUDGETS)
+def test_budget_pays_at_least_rank_one(name: str) -> None:
+    """The contract of every entry of the registry."""
+    available, costs = BUDGETS[name]([3, 1, 2], 1)
+    assert available >= sum(costs)
+    assert len(costs) == 3
+
+
+@given(st.lists(st.floats(1e-6, 1e2), min_size=1, max_size=6), st.floats(0, 2))
+def test_entropy_power_is_proportional_to_sigma_to_the_beta(stds: list[float], beta: float) -> None:
+    weights = entropy_power([math.log(std) for std in stds], beta)
+    for std, weight in zip(stds, weights, strict=True):
+        assert math.isclose(weight, (std / max(stds)) ** beta, rel_tol=1e-9)
+
+
+def test_negative_beta_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"at least 0.*got -1"):
+        entropy_power([0.0], beta=-1)

@@ -1,0 +1,449 @@
+"""The mirror, against real MLflow stores: sqlite files and a server on loopback."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from e2lora.config import (
+    AdapterConfig,
+    ModelConfig,
+    Objective,
+    PlanConfig,
+    TaskConfig,
+    TrainConfig,
+    TrialConfig,
+)
+from e2lora.moments import Target
+from e2lora.plan import build_plan
+from e2lora.records import (
+    Evaluation,
+    StudyFolder,
+    StudyRecord,
+    TrialFolder,
+    TrialResult,
+    write_json,
+)
+from e2lora.tracking import Tracker, default_tracking_uri
+
+MODEL, TASK = ModelConfig(name="tiny-encoder"), TaskConfig(data="glue", subset="sst2")
+TARGETS = [
+    Target(
+        path=f"layer.{layer}.query",
+        module_type="layer.*.query",
+        layer=layer,
+        in_features=32,
+        out_features=32,
+    )
+    for layer in range(4)
+]
+COMPLETE: dict[str, Any] = {
+    "state": "complete",
+    "metrics": {"accuracy": 0.75, "loss": 0.5},
+    "adapter_parameters": 512,
+    "head_parameters": 66,
+    "seconds": 12.5,
+    "attempts": 2,
+}
+FAILED: dict[str, Any] = {
+    "state": "failed",
+    "metrics": {},
+    "adapter_parameters": 0,
+    "head_parameters": 0,
+    "seconds": 3.0,
+    "attempts": 3,
+    "error": "Traceback\nRuntimeError: it's out of memory",
+}
+Runs = dict[str, dict[str, Any]]
+
+
+def make_study(storage: Path, name: str = "quick") -> tuple[StudyFolder, StudyRecord]:
+    folder = StudyFolder(storage, name)
+    record = StudyRecord(
+        name=name,
+        space="search_spaces/quickstart.py",
+        models=(MODEL,),
+        tasks=(TASK,),
+        objectives=(
+            Objective(name="accuracy", direction="maximize"),
+            Objective(name="adapter_parameters", direction="minimize"),
+        ),
+        budgets=(4, 8),
+        seeds=(0, 1),
+    )
+    write_json(folder.record_file, record)
+    return folder, record
+
+
+def write_trial(folder: StudyFolder, number: int, accuracies: tuple[float, ...]) -> TrialFolder:
+    """A trial with a plan of blocks, evaluated every 10 steps."""
+    options = PlanConfig(topology="blocks", block_size=2, r=4)
+    config = TrialConfig(
+        model=MODEL,
+        task=TASK,
+        adapter=AdapterConfig(target_modules=("query",)),
+        plan=options,
+        training=TrainConfig(max_steps=30, learning_rate=1e-3, num_workers=2),
+        seed=number,
+    )
+    trial = folder.trial(number)
+    write_json(trial.config_file, config)
+    write_json(trial.plan_file, build_plan(TARGETS, options))
+    evaluations = [
+        Evaluation(step=10 * k, metrics={"accuracy": accuracy, "loss": 1 - accuracy})
+        for k, accuracy in enumerate(accuracies, start=1)
+    ]
+    trial.metrics_file.write_text("".join(e.model_dump_json() + "\n" for e in evaluations))
+    return trial
+
+
+def end_trial(trial: TrialFolder, values: dict[str, Any]) -> None:
+    write_json(trial.result_file, TrialResult(number=trial.number, **values))
+
+
+def read_runs(tracker: Tracker) -> Runs:
+    """Everything that MLflow holds of the study's runs, by name; read with a client of its own."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=tracker.tracking_uri)
+    runs: Runs = {}
+    for run in client.search_runs([tracker.experiment_id]):
+        name, run_id = run.info.run_name, run.info.run_id
+        assert name not in runs, f"two runs are named {name}"
+        runs[name] = {
+            "id": run_id,
+            "status": run.info.status,
+            "end": run.info.end_time,
+            "params": dict(run.data.params),
+            "tags": dict(run.data.tags),
+            "metrics": dict(run.data.metrics),
+            "points": {
+                metric: [
+                    (p.step, p.value, p.timestamp)
+                    for p in client.get_metric_history(run_id, metric)
+                ]
+                for metric in run.data.metrics
+            },
+            "artifacts": [file.path for file in client.list_artifacts(run_id)],
+        }
+    return runs
+
+
+@pytest.fixture(scope="module")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow database with its schema, which takes some seconds to make: made once."""
+    from mlflow import MlflowClient
+
+    file = tmp_path_factory.mktemp("store") / "mlflow.db"
+    MlflowClient(tracking_uri=f"sqlite:///{file}").search_experiments()
+    return file
+
+
+@pytest.fixture
+def uri(empty_store: Path, tmp_path: Path) -> str:
+    """A database of the test's own."""
+    return f"sqlite:///{shutil.copy(empty_store, tmp_path / 'mlflow.db')}"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def running_server(backend: str, port: int, folder: Path) -> Iterator[str]:
+    """`mlflow server` on loopback; its whole process group is stopped in the end."""
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", backend]
+    command += ["--port", str(port), "--workers", "1", "--artifacts-destination", str(folder)]
+    with (folder / "server.log").open("ab") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            assert server.poll() is None, (folder / "server.log").read_text()
+            assert time.monotonic() < deadline, (folder / "server.log").read_text()
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
+                    break
+            except OSError:
+                time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+def test_study_has_one_parent_and_one_child_per_trial(tmp_path: Path, uri: str) -> None:
+    folder, record = make_study(tmp_path)
+    first, second = write_trial(folder, 0, (0.5, 0.6, 0.75)), write_trial(folder, 7, (0.6,))
+    end_trial(first, COMPLETE)
+    tracker = Tracker(uri, folder, record)
+    tracker.mirror_trial(first)
+    tracker.mirror_trial(second)
+
+    runs = read_runs(tracker)
+    assert sorted(runs) == ["00000 blocks(2)", "00007 blocks(2)", "quick"]
+    parent, ended, running = runs["quick"], runs["00000 blocks(2)"], runs["00007 blocks(2)"]
+    assert parent["id"] == tracker.parent_run_id
+    assert parent["status"] == running["status"] == "RUNNING"
+    assert parent["params"] == {
+        "study": "quick",
+        "space": "search_spaces/quickstart.py",
+        "models": "tiny-encoder",
+        "tasks": "glue",
+        "budgets": "4, 8",
+        "seeds": "0, 1",
+        "objectives": "accuracy (maximize), adapter_parameters (minimize)",
+    }
+    assert ended["status"] == "FINISHED"
+    assert ended["params"] == {
+        "model": "tiny-encoder",
+        "task": "glue/sst2",
+        "topology": "blocks",
+        "system": "blocks(2)",
+        "block_size": "2",
+        "r": "4",
+        "lora_alpha": "16.0",
+        "learning_rate": "0.001",
+        "max_steps": "30",
+        "global_batch_size": "16",
+        "zero_stage": "1",
+        "num_workers": "2",
+        "seed": "0",
+        "target_modules": "query",
+    }
+    assert ended["metrics"] == {
+        "accuracy": 0.75,
+        "loss": 0.5,  # the result's, beside 1 - 0.75 of the last evaluation
+        "adapter_parameters": 512,
+        "head_parameters": 66,
+        "seconds": 12.5,
+        "attempts": 2,
+    }
+    assert [p[:2] for p in ended["points"]["accuracy"]] == [(10, 0.5), (20, 0.6), (30, 0.75)]
+    assert ended["artifacts"] == ["plan.json", "trial.json"]
+    assert ended["tags"]["plan_fingerprint"] == first.plan().fingerprint()
+    assert running["tags"]["mlflow.parentRunId"] == parent["id"]
+    assert running["tags"]["e2lora.trial"] == running["tags"]["seed"] == "7"
+
+
+def test_mirroring_twice_changes_nothing(tmp_path: Path, uri: str) -> None:
+    folder, record = make_study(tmp_path)
+    end_trial(write_trial(folder, 0, (0.5, 0.75)), COMPLETE)
+    end_trial(write_trial(folder, 1, ()), FAILED)
+    open_trial = write_trial(folder, 2, (0.5, 0.6))
+    tracker = Tracker(uri, folder, record)
+    tracker.mirror_trial(open_trial)
+    tracker.mirror_all()
+    once = read_runs(tracker)
+    tracker.mirror_trial(open_trial)
+    tracker.mirror_all()
+    assert read_runs(tracker) == once
+
+
+def test_resumed_study_goes_on_in_its_runs(tmp_path: Path, uri: str) -> None:
+    folder, record = make_study(tmp_path)
+    ended, trial = write_trial(folder, 0, (0.5, 0.75)), write_trial(folder, 1, (0.5,))
+    end_trial(ended, COMPLETE)
+    former = Tracker(uri, folder, record)
+    former.mirror_all()
+    former.mirror_trial(trial)
+    before = read_runs(former)
+
+    write_trial(folder, 1, (0.5, 0.7))
+    tracker = Tracker(uri, StudyFolder(tmp_path, "quick"), record)
+    tracker.mirror_trial(trial)
+    tracker.mirror_all()
+    after = read_runs(tracker)
+    assert tracker.parent_run_id == former.parent_run_id
+    assert after["00000 blocks(2)"] == before["00000 blocks(2)"]
+    first, both = before["00001 blocks(2)"], after["00001 blocks(2)"]
+    assert first["id"] == both["id"]
+    assert both["points"]["accuracy"][:1] == first["points"]["accuracy"]
+    assert [point[:2] for point in both["points"]["accuracy"]] == [(10, 0.5), (20, 0.7)]
+
+
+def test_study_of_equal_name_elsewhere_is_another_study(tmp_path: Path, uri: str) -> None:
+    here = Tracker(uri, *make_study(tmp_path / "here"))
+    there = Tracker(uri, *make_study(tmp_path / "it's there"))
+    assert here.parent_run_id != there.parent_run_id
+    again = Tracker(uri, *make_study(tmp_path / "it's there"))
+    assert again.parent_run_id == there.parent_run_id
+
+
+def test_runs_that_a_dead_driver_left_running_are_closed(tmp_path: Path, uri: str) -> None:
+    folder, record = make_study(tmp_path)
+    trial = write_trial(folder, 0, (0.5,))
+    Tracker(uri, folder, record).mirror_trial(trial)
+    tracker = Tracker(uri, folder, record)
+    tracker.mirror_all()
+    assert read_runs(tracker)["00000 blocks(2)"]["status"] == "KILLED"
+    tracker.mirror_trial(trial)  # it was taken up again
+    tracker.mirror_all()
+    assert read_runs(tracker)["00000 blocks(2)"]["status"] == "RUNNING"
+
+
+def test_failed_trial_tells_its_error_and_is_not_scored(tmp_path: Path, uri: str) -> None:
+    folder, record = make_study(tmp_path)
+    trial = write_trial(folder, 0, ())
+    end_trial(trial, FAILED)
+    tracker = Tracker(uri, folder, record)
+    tracker.mirror_trial(trial)
+    run = read_runs(tracker)["00000 blocks(2)"]
+    assert run["status"] == "FAILED"
+    assert run["tags"]["e2lora.error"] == run["tags"]["mlflow.note.content"] == FAILED["error"]
+    assert run["metrics"] == {"seconds": 3, "attempts": 3}
+
+    end_trial(write_trial(folder, 0, (0.75,)), COMPLETE)  # tried again, with success
+    tracker.mirror_trial(trial)
+    run = read_runs(tracker)["00000 blocks(2)"]
+    assert (run["status"], run["metrics"]["attempts"]) == ("FINISHED", 2)
+    assert run["tags"]["e2lora.error"] == run["tags"]["mlflow.note.content"] == ""
+
+
+def test_evaluation_made_again_by_a_later_attempt_counts(tmp_path: Path, uri: str) -> None:
+    folder, record = make_study(tmp_path)
+    trial = write_trial(folder, 0, (0.5, 0.9))
+    tracker = Tracker(uri, folder, record)
+    tracker.mirror_trial(trial)
+    write_trial(folder, 0, (0.5, 0.7))
+    tracker.mirror_trial(trial)
+    assert read_runs(tracker)["00000 blocks(2)"]["metrics"]["accuracy"] == 0.7
+
+
+def test_finished_study_holds_its_report_and_counts(tmp_path: Path, uri: str) -> None:
+    folder, record = make_study(tmp_path)
+    end_trial(write_trial(folder, 0, (0.75,)), COMPLETE)
+    end_trial(write_trial(folder, 1, ()), FAILED)
+    left_open = write_trial(folder, 2, (0.5,))
+    report = folder.report / "report.html"
+    report.parent.mkdir()
+    report.write_text("<p>E²</p>")
+    tracker = Tracker(uri, folder, record)
+    tracker.mirror_trial(left_open)
+    tracker.finish([report], "KILLED")
+    runs = read_runs(tracker)
+    assert runs["quick"]["status"] == runs["00002 blocks(2)"]["status"] == "KILLED"
+    assert runs["quick"]["metrics"] == {"finished_trials": 1, "failed_trials": 1}
+    stored = list((tmp_path / "mlflow-artifacts").glob("*/artifacts/report/report.html"))
+    assert [file.read_text() for file in stored] == ["<p>E²</p>"]
+    assert f"mlflow ui --backend-store-uri {uri}" in tracker.describe()
+    assert tracker.parent_run_id in tracker.describe()
+
+
+def test_trials_mirrored_from_two_threads_have_one_run_each(tmp_path: Path, uri: str) -> None:
+    folder, record = make_study(tmp_path)
+    trials = [write_trial(folder, number, (0.5,)) for number in range(3)]
+    tracker = Tracker(uri, folder, record)
+
+    def mirror() -> None:
+        for trial in trials:
+            tracker.mirror_trial(trial)
+
+    threads = [threading.Thread(target=mirror) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    runs = read_runs(tracker)  # which asserts that names are unique
+    assert len(runs) == 4
+    assert all(len(run["points"].get("accuracy", "1")) == 1 for run in runs.values())
+
+
+def test_server_that_dies_does_not_stop_a_study(
+    tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    folder, record = make_study(tmp_path)
+    trial, other = write_trial(folder, 0, (0.5,)), write_trial(folder, 1, (0.6,))
+    port = free_port()
+    with running_server(uri, port, tmp_path) as server:
+        tracker = Tracker(server, folder, record)
+        tracker.mirror_trial(trial)
+        assert f"{server}/#/experiments/" in tracker.describe()
+        before = read_runs(tracker)
+
+    write_trial(folder, 0, (0.5, 0.75))
+    end_trial(trial, COMPLETE)
+    for mirror in (tracker.mirror_all, lambda: tracker.mirror_trial(other), tracker.mirror_all):
+        mirror()
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 1
+    assert f"The study goes on; metrics stand in {folder.trials}" in warnings[0]
+
+    with running_server(uri, port, tmp_path):
+        wait_until(lambda: tracker.mirror_trial(other) or len(read_runs(tracker)) == 3)
+        runs = read_runs(tracker)
+    assert runs["00000 blocks(2)"]["id"] == before["00000 blocks(2)"]["id"]
+    assert runs["00000 blocks(2)"]["status"] == "FINISHED"
+    assert [p[:2] for p in runs["00000 blocks(2)"]["points"]["accuracy"]] == [(10, 0.5), (20, 0.75)]
+    assert runs["00000 blocks(2)"]["artifacts"] == ["plan.json", "trial.json"]
+    assert runs["00001 blocks(2)"]["metrics"]["accuracy"] == 0.6
+
+
+def wait_until(holds: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [
+        ("http://me:secret@127.0.0.1:{port}", "refused"),
+        ("./mlruns", "filesystem tracking backend"),
+        ("file:{folder}/mlruns", "filesystem tracking backend"),
+        ("sqlite:///{folder}/missing/mlflow.db", "unable to open database file"),
+        ("postgres-typo://host/x", "postgres-typo"),
+    ],
+)
+def test_store_that_does_not_answer_is_an_error_before_the_study(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str, why: str
+) -> None:
+    for name in ("MAX_RETRIES", "TIMEOUT"):  # what applies unless the user says otherwise
+        monkeypatch.delenv(f"MLFLOW_HTTP_REQUEST_{name}", raising=False)
+    folder, record = make_study(tmp_path)
+    started = time.monotonic()
+    with pytest.raises(ValueError, match=re.escape(why)) as error:
+        Tracker(value.format(port=free_port(), folder=tmp_path), folder, record)
+    assert time.monotonic() - started < 20
+    message = str(error.value)
+    assert "set MLFLOW_TRACKING_URI to a running `mlflow server`" in message
+    assert "secret" not in message
+    assert "\n" not in message
+
+
+def test_tracking_uri_is_the_users_or_lies_where_it_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = tmp_path / "storage"
+    copy = tmp_path / "session_1/runtime_resources/working_dir_files/_ray_pkg_0123"
+    copy.mkdir(parents=True)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert default_tracking_uri(storage) == f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.chdir(copy)
+    assert default_tracking_uri(storage) == f"sqlite:///{storage}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracking:5000")
+    assert default_tracking_uri(storage) == "http://tracking:5000"
+
+
+def test_importing_the_room_does_not_import_mlflow() -> None:
+    code = "import sys, e2lora.tracking; sys.exit('mlflow' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
