@@ -156,8 +156,7 @@ def _sections(trials: Sequence[Trial], metric: Objective) -> list[Section]:
 
 
 def _cell(config: TrialConfig) -> tuple[str, str]:
-    subset = f"/{config.task.subset}" if config.task.subset else ""
-    return config.model.name, config.task.data + subset
+    return config.model.name, config.task.display_name
 
 
 def _pictures(folder: StudyFolder, section: Section, suffix: str) -> list[Path]:

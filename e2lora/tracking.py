@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shlex
 import sys
 import threading
@@ -85,7 +86,8 @@ class _Contents:
 class Tracker:
     """One parent run per study, one child per trial; usable from several threads of one process.
 
-    Once made, it never raises for MLflow's sake: training must not die of its mirror.
+    Once made, it raises only for a folder that can't be read, never for MLflow's sake: training
+    must not die of its mirror.
 
     Raises:
         ValueError: MLflow refuses ``tracking_uri`` or doesn't answer there.
@@ -186,7 +188,7 @@ class Tracker:
         self._send(held, wanted)
         if result:
             for file in (trial.config_file, trial.plan_file):
-                if file.exists():
+                if file.exists():  # a trial may fail before it has a plan
                     self._client.log_artifact(held.run_id, str(file))
         self._set_status(held, wanted.status)
 
@@ -255,8 +257,11 @@ def _make_client(tracking_uri: str) -> MlflowClient:
     import sqlalchemy
     from mlflow import MlflowClient
 
-    for noisy in ("alembic", "mlflow.store.db.utils"):  # they tell of each schema that is made
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    # They tell of schemas that are made, and of each retry and error; we get and tell the error.
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+    retries = logging.getLogger("urllib3.connectionpool")
+    retries.addFilter(lambda record: "/api/2.0/mlflow" not in record.getMessage())
     if _is_database(tracking_uri):
         # MLflow tries a database that can't be opened ten times, for 100 s: try it once before.
         sqlalchemy.inspect(sqlalchemy.create_engine(tracking_uri)).get_table_names()
@@ -267,14 +272,13 @@ def _is_database(uri: str) -> bool:
     return urlsplit(uri).scheme.split("+")[0] in ("sqlite", "postgresql", "mysql", "mssql")
 
 
-def _without_password(uri: str) -> str:
-    password = urlsplit(uri).password
-    return uri.replace(f":{password}@", ":***@") if password else uri
+def _without_password(text: str) -> str:
+    return re.sub(r"(//[^/:@\s]*:)[^/@\s]*@", r"\1***@", text)
 
 
 def _first_line(error: Exception) -> str:
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return f"{text[:400].rstrip('.')}."
+    text = _without_password((str(error).strip() or type(error).__name__).splitlines()[0])
+    return f"{text[:400]}…" if len(text) > 400 else f"{text.rstrip('.')}."
 
 
 def _study_params(record: StudyRecord) -> dict[str, str]:

@@ -266,8 +266,8 @@ def _caveats(sections: Sequence[Section], tested: int, interim: bool) -> Iterabl
         f"favours systems with more trials. Complete trials per system: {numbers}."
     )
     yield (
-        "Systems at equal base rank have different numbers of adapter parameters: equal rank is "
-        "not equal size. The front compares by size, without regard to uncertainty."
+        "Systems at equal base rank mostly have different numbers of adapter parameters: equal "
+        "rank is not equal size. The front compares by size, without regard to uncertainty."
     )
     if interim:
         yield (

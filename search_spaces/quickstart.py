@@ -36,7 +36,7 @@ def space(trial: Any) -> TrialConfig:
     """One trial: a sharing system, its base rank, and the learning rate."""
     system = trial.suggest_categorical("system", SYSTEMS)
     r = trial.suggest_categorical("r", RANKS)
-    learning_rate = trial.suggest_float("learning_rate", 1e-3, 1e-2, log=True)
+    learning_rate = trial.suggest_float("learning_rate", 2e-3, 1e-2, log=True)
     topology, block_size = TOPOLOGIES[system]
     return TrialConfig.model_validate(
         {

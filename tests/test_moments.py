@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
@@ -22,6 +22,10 @@ from e2lora.moments import (
     merge,
     require_usable,
 )
+
+# A busy machine makes examples slow: that says nothing about the code.
+settings.register_profile("steady", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("steady")
 
 entries = st.floats(-1e3, 1e3, allow_subnormal=False)
 gradients = hnp.arrays(np.float64, st.integers(1, 30), elements=entries)

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from e2lora.config import PlanConfig
@@ -19,6 +19,10 @@ from e2lora.partition import (
     rmi,
     similarity_matrix,
 )
+
+# A busy machine makes examples slow: that says nothing about the code.
+settings.register_profile("steady", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("steady")
 
 sigmas = st.lists(st.floats(1e-8, 1e3), min_size=1, max_size=24)
 
@@ -106,6 +110,15 @@ def test_partition_ignores_the_scale_of_the_loss(stds: list[float], power: int) 
 def test_equal_layers_are_never_split_by_rounding(std: float, num_layers: int) -> None:
     matrix = similarity_matrix("rmi", gradients([std] * num_layers))
     assert cut_by_similarity(matrix) == (tuple(range(num_layers)),)
+
+
+@pytest.mark.parametrize("far", [39.0, 40.0, 60.0])
+def test_rounding_of_the_mean_never_cuts(far: float) -> None:
+    """All others are equally far from layer 0, so each is at the mean; but in floating point the
+    mean of these three equal numbers is above each of them."""
+    matrix = similarity_matrix("rmi", gradients([1.0, far, far, far]))
+    assert math.fsum(matrix[0, 1:]) / 3 > matrix[0, 1]
+    assert cut_by_similarity(matrix) == ((0, 1, 2, 3),)
 
 
 @given(st.floats(1e-8, 1e3), st.floats(1e-8, 1e3))

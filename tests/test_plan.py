@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -20,6 +20,10 @@ from e2lora.plan import (
     count_adapter_parameters,
     require_plan_fits,
 )
+
+# A busy machine makes examples slow: that says nothing about the code.
+settings.register_profile("steady", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("steady")
 
 Q, V = "h.*.q", "h.*.v"
 LORA, SHARED_A = (

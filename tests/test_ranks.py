@@ -6,10 +6,14 @@ import math
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from e2lora.ranks import ALLOCATIONS, BUDGETS, allocate_ranks, entropy_power, layer_budget
+
+# A busy machine makes examples slow: that says nothing about the code.
+settings.register_profile("steady", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("steady")
 
 entropies = st.floats(-20.0, 5.0)
 

@@ -8,10 +8,14 @@ from math import comb
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from e2lora.statistics import holm, paired_test, pareto_front, proportion_interval
+
+# A busy machine makes examples slow: that says nothing about the code.
+settings.register_profile("steady", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("steady")
 
 points = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=15)
 binary = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=1, max_size=30)

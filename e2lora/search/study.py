@@ -173,6 +173,7 @@ def _tune(
     """Run what is left of the study; True if it was interrupted."""
     import optuna
     from ray import tune
+    from ray.tune.logger import JsonLoggerCallback
 
     from e2lora.search.ledger import LedgerSearch
 
@@ -197,7 +198,7 @@ def _tune(
             name="tune",
             storage_path=str(folder.path),
             verbose=0,
-            callbacks=[progress],
+            callbacks=[progress, JsonLoggerCallback()],
             failure_config=tune.FailureConfig(max_failures=3),
         ),
     )

@@ -1,0 +1,396 @@
+"""Targets are found by structure, counts are the published ones, and loading fails clearly."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    CLIPConfig,
+    CLIPVisionConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MixtralConfig,
+    OPTConfig,
+    RobertaConfig,
+    T5Config,
+    ViTConfig,
+)
+
+from e2lora.adapters import adapt, count_parameters
+from e2lora.assets import resolve
+from e2lora.config import AdapterConfig, ModelConfig, PlanConfig
+from e2lora.models import (
+    find_targets,
+    load_base,
+    load_structure,
+    require_weights,
+    reset_head,
+    weights_fingerprint,
+)
+from e2lora.plan import build_plan, count_adapter_parameters
+from tests.conftest import model_folder
+
+SMALL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+}
+TINY_BERT = BertConfig(**SMALL, vocab_size=64)
+TINY_LLAMA = LlamaConfig(**SMALL, num_key_value_heads=2, vocab_size=64)
+LLAMA_8B = LlamaConfig(
+    hidden_size=4096,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    intermediate_size=14336,
+    vocab_size=128256,
+)
+CLIP_B16 = CLIPVisionConfig(patch_size=16)
+QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
+ALL_OF_CLIP = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+
+
+def on_meta(auto_class: Any, config: Any) -> Any:
+    with torch.device("meta"):
+        return auto_class.from_config(config)
+
+
+# ---- exact counts -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("auto_class", "config", "names", "r", "a_scope", "published"),
+    [
+        (AutoModel, RobertaConfig(), ("query", "value"), 8, "interval", 294_912),
+        (AutoModel, RobertaConfig(), ("query", "value"), 8, "type", 159_744),
+        (AutoModelForCausalLM, LLAMA_8B, QKVO, 8, "interval", 6_815_744),
+        (AutoModelForCausalLM, LLAMA_8B, QKVO, 8, "type", 2_752_512),
+        (AutoModelForCausalLM, LLAMA_8B, QKVO, 4, "interval", 3_407_872),
+        (AutoModel, CLIP_B16, ALL_OF_CLIP, 8, "interval", 1_327_104),
+        (AutoModel, CLIP_B16, ALL_OF_CLIP, 8, "type", 718_848),
+    ],
+    ids=lambda value: getattr(value, "model_type", None),
+)
+def test_published_count_is_met_by_formula_and_by_adapted_model(
+    auto_class: Any, config: Any, names: tuple[str, ...], r: int, a_scope: Any, published: int
+) -> None:
+    model = on_meta(auto_class, config)
+    plan = build_plan(find_targets(model, names), PlanConfig(r=r))
+    adapter = AdapterConfig(target_modules=names, a_scope=a_scope)
+    assert count_adapter_parameters(plan, adapter) == published
+    assert count_parameters(adapt(model, plan, adapter)) == (published, 0)
+
+
+def test_mpnet_base_has_the_targets_of_roberta_base() -> None:
+    config = ModelConfig(name=model_folder("mpnet-base"))
+    model = load_structure(config, AutoModelForSequenceClassification, 2)
+    plan = build_plan(find_targets(model, ("q", "v")), PlanConfig(r=8))
+    assert count_adapter_parameters(plan, AdapterConfig(target_modules=("q", "v"))) == 294_912
+
+
+# ---- targets ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("auto_class", "config", "name", "stacks"),
+    [
+        (AutoModel, TINY_BERT, "query", {"encoder.layer.*.attention.self.query": 3}),
+        (AutoModelForCausalLM, TINY_LLAMA, "k_proj", {"model.layers.*.self_attn.k_proj": 3}),
+        (
+            AutoModelForCausalLM,
+            GPTNeoXConfig(**SMALL, vocab_size=64),
+            "query_key_value",
+            {"gpt_neox.layers.*.attention.query_key_value": 3},
+        ),
+        (
+            AutoModelForCausalLM,
+            OPTConfig(
+                hidden_size=32,
+                num_hidden_layers=3,
+                num_attention_heads=4,
+                ffn_dim=64,
+                word_embed_proj_dim=32,
+                vocab_size=64,
+            ),
+            "fc2",
+            {"model.decoder.layers.*.fc2": 3},
+        ),
+        (  # two numbers in a path: the first is the layer's, the second stays in the type
+            AutoModelForSeq2SeqLM,
+            T5Config(
+                d_model=32, num_layers=3, num_decoder_layers=2, num_heads=4, d_kv=8, d_ff=64
+            ),
+            "q",
+            {
+                "encoder.block.*.layer.0.SelfAttention.q": 3,
+                "decoder.block.*.layer.0.SelfAttention.q": 2,
+                "decoder.block.*.layer.1.EncDecAttention.q": 2,
+            },
+        ),
+        (AutoModel, ViTConfig(**SMALL), "fc1", {"layers.*.mlp.fc1": 3}),
+        (  # two towers are two stacks
+            AutoModel,
+            CLIPConfig(text_config=SMALL, vision_config={**SMALL, "num_hidden_layers": 2}),
+            "q_proj",
+            {
+                "text_model.encoder.layers.*.self_attn.q_proj": 3,
+                "vision_model.encoder.layers.*.self_attn.q_proj": 2,
+            },
+        ),
+        (
+            AutoModelForCausalLM,
+            MixtralConfig(**SMALL, num_key_value_heads=2, vocab_size=64),
+            "v_proj",
+            {"model.layers.*.self_attn.v_proj": 3},
+        ),
+    ],
+    ids=lambda value: getattr(value, "model_type", None),
+)
+def test_layers_are_found_by_structure(
+    auto_class: Any, config: Any, name: str, stacks: dict[str, int]
+) -> None:
+    model = on_meta(auto_class, config)
+    found: dict[str, list[int]] = {}
+    for target in find_targets(model, [name]):
+        module = model.get_submodule(target.path)
+        assert (module.in_features, module.out_features) == (
+            target.in_features,
+            target.out_features,
+        )
+        assert target.module_type.replace("*", str(target.layer), 1) == target.path
+        found.setdefault(target.module_type, []).append(target.layer)
+    assert found == {stack: list(range(size)) for stack, size in stacks.items()}
+
+
+def test_targets_come_in_model_order_and_once_however_they_are_named() -> None:
+    model = on_meta(AutoModel, TINY_BERT)
+    targets = find_targets(model, ["value", "query"])
+    assert targets == find_targets(model, ["self.query", "query", "self.value"])
+    assert [t.path for t in targets[:2]] == [
+        "encoder.layer.0.attention.self.query",
+        "encoder.layer.0.attention.self.value",
+    ]
+
+
+def test_one_target_can_be_named_in_full() -> None:
+    path = "encoder.layer.1.attention.self.query"
+    assert [t.path for t in find_targets(on_meta(AutoModel, TINY_BERT), [path])] == [path]
+
+
+def test_linear_outside_of_numbered_layers_is_no_target() -> None:
+    model = on_meta(AutoModelForSequenceClassification, TINY_BERT)
+    assert isinstance(model.classifier, nn.Linear)
+    with pytest.raises(ValueError, match="'classifier' matches none"):
+        find_targets(model, ["classifier"])
+
+
+@pytest.mark.parametrize("name", ["q_proj", "uery", ".query", "*query", ""])
+def test_name_that_matches_nothing_lists_the_known_names(name: str) -> None:
+    known = r"This model has: dense, key, query, value\."
+    with pytest.raises(ValueError, match=known) as raised:
+        find_targets(on_meta(AutoModel, TINY_BERT), ["query", name])
+    assert repr(name) in str(raised.value)
+
+
+def test_layers_of_unequal_shape_are_not_one_module_type() -> None:
+    model = nn.Module()
+    model.layers = nn.ModuleList(
+        nn.ModuleDict({"up": nn.Linear(4, width), "down": nn.Linear(8, 4)}) for width in (8, 8, 16)
+    )
+    types = {(t.module_type, t.layer) for t in find_targets(model, ["up", "down"])}
+    assert types == {
+        ("layers.*.up (8x4)", 0),
+        ("layers.*.up (8x4)", 1),
+        ("layers.*.up (16x4)", 2),
+        *(("layers.*.down", layer) for layer in range(3)),
+    }
+
+
+# ---- loading ----------------------------------------------------------------------------------
+
+
+def save_tiny(folder: Path, build: Callable[..., Any] = AutoModel.from_config) -> Path:
+    """A tiny BERT checkpoint that holds a trunk and no classifier."""
+    tokenizer = AutoTokenizer.from_pretrained(resolve("demo:minilm-l6"))
+    torch.manual_seed(0)
+    build(BertConfig(**SMALL, vocab_size=len(tokenizer))).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny")
+
+
+def load_tiny(folder: Path, **overrides: Any) -> Any:
+    config = ModelConfig(name=str(folder), config_overrides=overrides)
+    return load_base(config, AutoModelForSequenceClassification, 5, torch.float32)
+
+
+def test_loaded_base_is_frozen_and_in_evaluation_mode(tiny: Path) -> None:
+    base = load_tiny(tiny)
+    assert not any(parameter.requires_grad for parameter in base.model.parameters())
+    assert not base.model.training
+    assert base.model.classifier.out_features == 5
+
+
+def test_head_is_what_the_checkpoint_did_not_hold(tiny: Path, tmp_path: Path) -> None:
+    assert load_tiny(tiny).head == ("classifier",)
+    from_masked = save_tiny(tmp_path, lambda c: AutoModel.from_config(c, add_pooling_layer=False))
+    assert load_tiny(from_masked).head == ("bert.pooler.dense", "classifier")
+
+
+def test_structure_has_the_targets_of_the_loaded_model(tiny: Path) -> None:
+    config = ModelConfig(name=str(tiny))
+    structure = load_structure(config, AutoModelForSequenceClassification, 5)
+    assert {p.device.type for p in structure.parameters()} == {"meta"}
+    names = ("query", "dense")
+    assert find_targets(structure, names) == find_targets(load_tiny(tiny).model, names)
+
+
+@pytest.mark.parametrize("lacking", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("load", [load_base, load_structure])
+def test_folder_that_lacks_a_file_is_refused(
+    tmp_path: Path, lacking: str, load: Callable[..., Any]
+) -> None:
+    for name in {"config.json", "model.safetensors"} - {lacking}:
+        (tmp_path / name).write_text("{}")
+    named = "config.json" if lacking == "config.json" else "weights"
+    options = (torch.float32,) if load is load_base else ()
+    with pytest.raises(FileNotFoundError, match=f"lacks {named}.*save_pretrained"):
+        load(ModelConfig(name=str(tmp_path)), AutoModel, 2, *options)
+
+
+def test_empty_folder_is_told_both_things_it_lacks(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"lacks config\.json and weights"):
+        require_weights(ModelConfig(name=str(tmp_path)))
+
+
+def test_config_override_is_applied(tiny: Path) -> None:
+    assert load_tiny(tiny, hidden_dropout_prob=0.0).model.config.hidden_dropout_prob == 0.0
+
+
+def test_unknown_config_override_is_refused(tiny: Path) -> None:
+    with pytest.raises(ValueError, match="BertConfig has; it has no 'hidden_droput_prob'"):
+        load_tiny(tiny, hidden_droput_prob=0.0)
+
+
+@pytest.mark.parametrize("name", ["absent-model-name", "absent-organisation/absent", "a/b/c"])
+def test_hub_name_that_cannot_be_reached_is_a_clear_error_at_once(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # read at import
+    started = time.monotonic()
+    with pytest.raises(OSError, match=f"got '{name}'.*name a local folder"):
+        load_base(ModelConfig(name=name), AutoModel, 2, torch.float32)
+    assert time.monotonic() - started < 30, "a hub that is not there must not be waited for"
+
+
+@pytest.mark.parametrize("name", ["./absent", "../absent/model", "~/absent-model"])
+def test_relative_path_that_is_not_there_is_not_taken_for_a_hub_name(name: str) -> None:
+    with pytest.raises(FileNotFoundError, match=f"got '{name}'.*Correct the path"):
+        load_structure(ModelConfig(name=name), AutoModel, 2)
+
+
+# ---- the head and the fingerprint -------------------------------------------------------------
+
+HEADS = {
+    "bert": (TINY_BERT, ("bert.pooler.dense", "classifier")),
+    "roberta": (RobertaConfig(**SMALL, vocab_size=64), ("classifier",)),
+    "llama": (TINY_LLAMA, ("score",)),
+}
+
+
+def classifier_of(kind: str) -> tuple[Any, Sequence[str]]:
+    config, head = HEADS[kind]
+    torch.manual_seed(0)
+    return AutoModelForSequenceClassification.from_config(config), head
+
+
+def head_of(model: nn.Module, head: Sequence[str]) -> dict[str, torch.Tensor]:
+    return {
+        f"{name}.{key}": value.clone()
+        for name in head
+        for key, value in model.get_submodule(name).state_dict().items()
+    }
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_reset_head_depends_on_the_seed_and_on_nothing_that_was_there(kind: str) -> None:
+    model, head = classifier_of(kind)
+    trunk = weights_fingerprint(model, skip=head)
+    reset_head(model, head, seed=3)
+    first = head_of(model, head)
+    with torch.no_grad():
+        for name in head:
+            for parameter in model.get_submodule(name).parameters():
+                parameter.fill_(7.0)
+    torch.manual_seed(99)
+    torch.rand(5)
+    reset_head(model, head, seed=3)
+    again = head_of(model, head)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not any((value == 7.0).any() for value in again.values())
+    reset_head(model, head, seed=4)
+    other = head_of(model, head)
+    assert not any(
+        torch.equal(first[name], other[name]) for name in first if name.endswith("weight")
+    )
+    assert weights_fingerprint(model, skip=head) == trunk
+
+
+def test_reset_head_has_the_distribution_of_transformers() -> None:
+    config = BertConfig(**SMALL, vocab_size=64, initializer_range=0.5)
+    model = AutoModelForSequenceClassification.from_config(config)
+    reset_head(model, ["bert.pooler.dense", "classifier"], seed=0)
+    assert model.bert.pooler.dense.weight.std().item() == pytest.approx(0.5, rel=0.1)
+    assert model.classifier.bias.abs().sum() == 0
+
+
+def test_fingerprint_is_the_same_for_equal_weights_whatever_the_head() -> None:
+    model, head = classifier_of("bert")
+    twin, _ = classifier_of("bert")
+    reset_head(twin, head, seed=9)
+    assert weights_fingerprint(model, skip=head) == weights_fingerprint(twin, skip=head)
+    assert weights_fingerprint(model) != weights_fingerprint(twin)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fingerprint_shows_the_smallest_change_of_any_weight(dtype: torch.dtype) -> None:
+    model, head = classifier_of("bert")
+    model.to(dtype)
+    before = weights_fingerprint(model, skip=head)
+    for name, parameter in model.named_parameters():
+        if name.startswith(head):
+            continue
+        flat = parameter.data.view(-1)
+        kept = flat[-1].clone()
+        flat[-1] = torch.nextafter(kept, torch.full_like(kept, float("inf")))
+        assert weights_fingerprint(model, skip=head) != before, name
+        flat[-1] = kept
+    assert weights_fingerprint(model, skip=head) == before
+
+
+def test_fingerprint_skips_whole_modules_only() -> None:
+    model, _ = classifier_of("bert")
+    assert weights_fingerprint(model, skip=["classif"]) == weights_fingerprint(model)
+
+
+def test_fingerprint_shows_a_changed_dtype() -> None:
+    model, _ = classifier_of("bert")
+    assert weights_fingerprint(model) != weights_fingerprint(model.to(torch.bfloat16))
