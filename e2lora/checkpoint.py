@@ -98,7 +98,8 @@ def load_checkpoint(folder: Path, identity: str) -> TrainState | None:
 
 
 def _complete(folder: Path) -> list[Path]:
-    return sorted(marker.parent for marker in folder.glob(f"step-*/{MARKER}"))
+    found = [marker.parent for marker in folder.glob(f"step-*/{MARKER}")]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def _flush_to_disk(file: Path) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 
 class Frozen(BaseModel):
@@ -34,6 +34,18 @@ def fingerprint_of(value: Any) -> str:
     """
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def in_one_paragraph(error: Exception) -> str:
+    """What an error says; of a refused configuration each field, its rule and the value."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    parts = []
+    for fault in error.errors(include_url=False):
+        place = ".".join(str(key) for key in fault["loc"])
+        given = "" if fault["type"] == "value_error" else f"; got {fault['input']!r}"
+        parts.append(f"{place + ': ' if place else ''}{fault['msg']}{given}")
+    return f"{error.title} refuses {'; '.join(parts)}. Correct it where the space builds it."
 
 
 class ModelConfig(Frozen):
@@ -176,7 +188,7 @@ class TrialConfig(Frozen):
 
     def identity(self) -> str:
         """Names what is trained, however many workers train it: a checkpoint's owner."""
-        return fingerprint_of(self.model_dump(mode="json", exclude={"training": PARALLELISM}))
+        return fingerprint_of(self.model_dump(mode="json", exclude={"training": set(PARALLELISM)}))
 
     @property
     def system(self) -> str:

@@ -153,7 +153,8 @@ def measure_moments(
     with _hooked(model, recorder), torch.enable_grad():
         for batch in microbatches:
             loss = loss_sum(model, batch) / num_supervised
-            loss.backward()
+            if loss.requires_grad:  # else it reaches no target: σ = 0, see require_usable
+                loss.backward()
             total += loss.detach().double().cpu()
     if group is not None:
         dist.all_reduce(total, group=group)

@@ -13,7 +13,7 @@ from typing import Final, Literal
 from pydantic import Field
 
 from e2lora.config import AdapterConfig, Frozen, PlanConfig
-from e2lora.moments import GradientProfile, Moments, Target, require_usable
+from e2lora.moments import GradientProfile, Moments, Provenance, Target, require_usable
 from e2lora.partition import NEEDS_PROFILE, TOPOLOGIES
 from e2lora.ranks import ALLOCATIONS, BUDGETS, allocate_ranks
 
@@ -43,6 +43,7 @@ class SharingPlan(Frozen):
     version: Literal[1] = 1
     options: PlanConfig
     profile_fingerprint: str | None = Field(description="None where no profile was needed")
+    measured_on: Provenance | None = Field(default=None, description="the profile's provenance")
     targets: tuple[Target, ...]
     groups: tuple[Group, ...]
     budgets: tuple[Budget, ...] = ()
@@ -115,6 +116,7 @@ def build_plan(
     return SharingPlan(
         options=options,
         profile_fingerprint=profile.fingerprint() if profile and needs_profile else None,
+        measured_on=profile.provenance if profile and needs_profile else None,
         targets=tuple(targets),
         groups=tuple(groups),
         budgets=tuple(budgets),

@@ -130,9 +130,7 @@ def test_mpnet_base_has_the_targets_of_roberta_base() -> None:
         ),
         (  # two numbers in a path: the first is the layer's, the second stays in the type
             AutoModelForSeq2SeqLM,
-            T5Config(
-                d_model=32, num_layers=3, num_decoder_layers=2, num_heads=4, d_kv=8, d_ff=64
-            ),
+            T5Config(d_model=32, num_layers=3, num_decoder_layers=2, num_heads=4, d_kv=8, d_ff=64),
             "q",
             {
                 "encoder.block.*.layer.0.SelfAttention.q": 3,

@@ -45,7 +45,7 @@ def peft_config(model: Any, plan: SharingPlan, config: AdapterConfig, head: Sequ
     own_rank = {path: group for path, group in groups.items() if group.r != options.r}
     is_classifier = type(model).__name__.endswith("ForSequenceClassification")
     return LoraConfig(
-        task_type="SEQ_CLS" if is_classifier else None,
+        task_type="SEQ_CLS" if is_classifier and head else None,  # it trains the classifier
         r=options.r,
         lora_alpha=options.lora_alpha,  # type: ignore[arg-type]  # PEFT only divides by it
         lora_dropout=config.lora_dropout,

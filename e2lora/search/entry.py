@@ -9,7 +9,7 @@ import pkgutil
 import sys
 from pathlib import Path
 
-from e2lora.config import Study
+from e2lora.config import Study, in_one_paragraph
 
 QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
@@ -26,7 +26,7 @@ def run_command(
 ) -> int:
     """Run or resume a study and say how it ended: 0, or an exit code with the reason printed.
 
-    1: a trial failed, or none finished. 2: the study could not start. 130: interrupted.
+    1: trials failed. 2: the study could not start. 130: interrupted.
     """
     for variable, value in QUIET.items():
         os.environ.setdefault(variable, value)
@@ -45,7 +45,7 @@ def run_command(
             isolated,
         )
     except (ValueError, OSError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {in_one_paragraph(error)}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         print("interrupted: the same command with the same --study goes on", file=sys.stderr)

@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
-from e2lora.config import Study, TrialConfig
+from e2lora.config import Study, TrialConfig, in_one_paragraph
 from e2lora.plan import count_adapter_parameters
 from e2lora.pool import Pool
 from e2lora.records import StudyFolder, TrialResult, write_json
@@ -99,8 +99,9 @@ class LedgerSearch(OptunaSearch):
             return super().suggest(trial_id)
         except ValueError as error:  # what the space returned can't be trained
             number = self._ot_trials.pop(trial_id).number
-            print(f"trial {number} is failed without training: {error}", flush=True)
-            result = failed_result(number, str(error), attempts=0)
+            reason = in_one_paragraph(error)
+            print(f"trial {number} is failed without training: {reason}", flush=True)
+            result = failed_result(number, reason, attempts=0)
             write_json(self._folder.trial(number).result_file, result)
             self._tell(number, result)
             return self.suggest(trial_id)

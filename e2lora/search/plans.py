@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from e2lora.broker import Job
-from e2lora.config import AdapterConfig, GroupSpec, Study, TrialConfig, fingerprint_of
+from e2lora.config import (
+    AdapterConfig,
+    GroupSpec,
+    Study,
+    TrialConfig,
+    fingerprint_of,
+    in_one_paragraph,
+)
 from e2lora.models import find_targets, load_structure
 from e2lora.moments import GradientProfile, Target
 from e2lora.partition import NEEDS_PROFILE
@@ -99,7 +106,7 @@ def configurations_of_points(study: Study) -> list[TrialConfig]:
         except ValueError as error:
             raise ValueError(
                 f"every point of a study must be one that its space accepts; {dict(point)} is "
-                f"not: {error}"
+                f"not: {in_one_paragraph(error)}"
             ) from error
     return configurations
 

@@ -22,15 +22,15 @@ class StudyOutcome:
     """What a run of a study came to; ``interrupted`` studies go on with the same command."""
 
     folder: StudyFolder
+    num_trials: int
     num_complete: int
-    num_failed: int
     interrupted: bool
 
     @property
     def exit_code(self) -> int:
         if self.interrupted:
             return 130
-        return 1 if self.num_failed or not self.num_complete else 0
+        return 0 if self.num_complete >= self.num_trials else 1
 
 
 def run_study(
@@ -54,9 +54,10 @@ def run_study(
     started = time.monotonic()
     folder = StudyFolder(storage.expanduser().resolve(), name)
     num_trials = num_trials or study.num_trials
-    record = _record_study(study, space, folder)
+    record = _record_of(study, space, folder)
     plans = Plans(folder)
     configs = _preflight(study, plans, folder)
+    write_json(folder.record_file, record)
     tracker = Tracker(default_tracking_uri(folder.path.parent), folder, record)
     spec = GroupSpec.of(configs[0].training) if configs else None
     print(_opening(study, folder, num_trials, spec, isolated), flush=True)
@@ -69,18 +70,22 @@ def run_study(
     tracker.finish(
         [report.html, *report.pictures, report.csv], "KILLED" if interrupted else "FINISHED"
     )
-    results = [r for trial in folder.trial_folders() if (r := trial.result())]
-    complete = sum(result.state == "complete" for result in results)
+    results = [trial.result() for trial in folder.trial_folders()]
+    complete = sum(result is not None and result.state == "complete" for result in results)
     print(f"\n{report.table}\n\n{report.verdict}\n")
     print(f"{complete} of {num_trials} trials complete in {time.monotonic() - started:.0f} s")
     print(f"report   {folder.report / 'report.html'}")
     print(f"plans, adapters, results   {folder.trials}")
     print(tracker.describe(), flush=True)
-    return StudyOutcome(folder, complete, len(results) - complete, interrupted)
+    return StudyOutcome(folder, num_trials, complete, interrupted)
 
 
-def _record_study(study: Study, space: str, folder: StudyFolder) -> StudyRecord:
-    """Write study.json, or check that it is of the same study."""
+def _record_of(study: Study, space: str, folder: StudyFolder) -> StudyRecord:
+    """What study.json is to say; if there is one, it must say the same.
+
+    Raises:
+        ValueError: the folder belongs to another study.
+    """
     record = StudyRecord(
         name=folder.name,
         space=space,
@@ -96,7 +101,6 @@ def _record_study(study: Study, space: str, folder: StudyFolder) -> StudyRecord:
             f"{folder.record().space}, with other models, tasks, objectives, budgets or seeds "
             f"than {space} has now. Give this one another --study name."
         )
-    write_json(folder.record_file, record)
     return record
 
 
@@ -122,6 +126,7 @@ def _require_shared_storage(path: Path) -> None:
     nodes = [node for node in ray.nodes() if node["Alive"]]
     if len(nodes) < 2:
         return
+    path.mkdir(parents=True, exist_ok=True)
     token = path / f".shared-{os.getpid()}"
     token.touch()
 

@@ -1,0 +1,149 @@
+"""Bad input is refused before anything is trained: one paragraph that says what to do, exit 2."""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from e2lora.config import Study, TrialConfig
+from e2lora.search.entry import run_command
+from tests.small import small_trial, study
+
+
+@pytest.fixture(scope="module", autouse=True)
+def two_cpus() -> Iterator[None]:
+    ray.init(address="local", num_cpus=2, log_to_driver=False, include_dashboard=False)
+    yield
+    ray.shutdown()
+
+
+def with_part(config: TrialConfig, part: str, **options: Any) -> TrialConfig:
+    changed = getattr(config, part).model_copy(update=options)
+    return config.model_copy(update={part: changed})
+
+
+def study_of(config: Callable[[], TrialConfig]) -> Study:
+    """A study of one point, whose models and tasks are those of its configuration."""
+    try:
+        built = config()
+    except ValueError:  # the configuration itself is what is refused
+        built = small_trial()
+    return replace(
+        study,
+        space=lambda trial: config(),
+        models=(built.model,),
+        tasks=(built.task,),
+        points=({},),
+    )
+
+
+def missing_field(folder: Path) -> str:
+    rows = ['{"text": "good", "label": 1}', '{"text": "bad"}'] * 200
+    (folder / "train.jsonl").write_text("\n".join(rows))
+    return str(folder)
+
+
+def no_weights(folder: Path) -> str:
+    (folder / "config.json").write_text("{}")
+    return str(folder)
+
+
+FAULTS: dict[str, tuple[Callable[[Path], TrialConfig], tuple[str, ...]]] = {
+    "unknown topology": (lambda _: small_trial("zigzag"), ("topology", "zigzag", "'blocks'")),
+    "unknown key": (lambda _: small_trial(learning_rat=1.0), ("learning_rat", "1.0")),
+    "target that matches nothing": (
+        lambda _: with_part(small_trial(), "adapter", target_modules=("q_proj",)),
+        ("q_proj", "matches none", "query, value"),
+    ),
+    "rank above the weight's size": (lambda _: small_trial(r=385), ("r=385", "384 x 384", "384")),
+    "rank above the size, with E²": (lambda _: small_trial("e2", r=385), ("r=385", "384")),
+    "block longer than the stack": (
+        lambda _: small_trial("blocks", block_size=7),
+        ("block_size=7", "6 layers"),
+    ),
+    "model folder without weights": (
+        lambda folder: with_part(small_trial(), "model", name=no_weights(folder)),
+        ("weights", "safetensors", "save_pretrained"),
+    ),
+    "model that isn't there": (
+        lambda folder: with_part(small_trial(), "model", name=str(folder / "absent")),
+        ("absent",),
+    ),
+    "data file with a missing field": (
+        lambda folder: with_part(small_trial(), "task", data=missing_field(folder)),
+        ("label", "None", "row 1"),
+    ),
+    "data without the column": (
+        lambda _: with_part(small_trial(), "task", text_column="sentence"),
+        ("sentence", "text_column", "'text'"),
+    ),
+    "more workers than the cluster has": (
+        lambda _: small_trial(num_workers=4),
+        ("4 worker(s)", "2 CPU", "num_workers"),
+    ),
+    "a GPU where there is none": (
+        lambda _: small_trial(gpus_per_worker=1),
+        ("1 GPU", "gpus_per_worker"),
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_fault_is_refused_before_training(
+    fault: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    make, named = FAULTS[fault]
+    space = types.ModuleType("faulty_space")
+    inputs = tmp_path / "inputs"
+    inputs.mkdir()
+    space.study = study_of(lambda: make(inputs))  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "faulty_space", space)
+    code = run_command("faulty_space", None, tmp_path, "faulty", isolated=False)
+    said = capsys.readouterr().err
+    assert code == 2
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1, f"one paragraph, not {said!r}"
+    for part in named:
+        assert part in said
+    assert not (tmp_path / "faulty" / "trials").exists()
+
+
+@pytest.mark.parametrize(
+    ("space", "named"),
+    [
+        ("search_spaces.absent", "search_spaces.quickstart"),
+        ("e2lora.config", "must define `study`"),
+    ],
+)
+def test_unknown_space_is_refused(
+    space: str, named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(space, None, tmp_path, None, isolated=False) == 2
+    assert named in capsys.readouterr().err
+
+
+def test_tracking_server_that_does_not_answer_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    assert run_command("tests.small", None, tmp_path, None, isolated=False) == 2
+    assert "127.0.0.1:9" in capsys.readouterr().err
+
+
+def test_study_of_another_space_is_not_continued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # never gets to training
+    run_command("tests.small", None, tmp_path, "one", isolated=False)
+    assert run_command("search_spaces.quickstart", None, tmp_path, "one", isolated=False) == 2
+    assert "another --study name" in capsys.readouterr().err
