@@ -87,6 +87,7 @@ class Broker:
         self._queue: deque[str] = deque()
         self._incarnations: dict[str, int] = {}
         self._retiring: set[str] = set()
+        self._closed = False
 
     # ---- clients ------------------------------------------------------------------------------
 
@@ -130,8 +131,10 @@ class Broker:
     def next_attempt(self, group: str, incarnation: int, spec: GroupSpec) -> Attempt | str | None:
         """An attempt for an idle group; ``"retire"`` if it should end; None if nothing waits."""
         self._expire()
-        if self._incarnations.get(group) != incarnation or group in self._retiring:
+        if self._closed or group in self._retiring:
             return "retire"
+        if self._incarnations.get(group) != incarnation:
+            return "retire"  # another start of this group has taken its place
         for key in self._queue:
             state = self._states[key]
             if state.job.spec == spec:
@@ -188,6 +191,16 @@ class Broker:
     def retire(self, group: str) -> None:
         """The group ends when it next asks for work."""
         self._retiring.add(group)
+
+    def joined_groups(self) -> set[str]:
+        """Groups that have come up, once at least."""
+        return set(self._incarnations)
+
+    def close(self) -> None:
+        """Every attempt ends at its next sign of life, unfinished, and every group retires."""
+        self._closed = True
+        for state in self._states.values():
+            state.token = state.group = None
 
     # ---- inside -------------------------------------------------------------------------------
 

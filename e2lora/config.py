@@ -140,6 +140,9 @@ class TrainConfig(Frozen):
     warmup_steps: int = Field(default=0, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
     eval_every: int | None = Field(default=None, gt=0, description="steps; None: at the end only")
+    checkpoint_every: int | None = Field(
+        default=None, gt=0, description="steps; None: at every evaluation"
+    )
     eval_batch_size: int = Field(default=64, gt=0)
     precision: Literal["fp32", "bf16"] = "fp32"
     zero_stage: Literal[0, 1, 2] = 1

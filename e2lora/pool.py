@@ -67,9 +67,12 @@ class BrokerActor:
     async def fail(self, token: str, error: str) -> bool:
         return self._broker.fail(token, error)
 
-    async def demand(self) -> tuple[dict[GroupSpec, int], set[str]]:
-        """Jobs waiting by kind, and the groups that are at work."""
-        return self._broker.demand(), self._broker.busy_groups()
+    async def demand(self) -> tuple[dict[GroupSpec, int], set[str], set[str]]:
+        """Jobs waiting by kind, the groups at work, and those that have come up."""
+        return self._broker.demand(), self._broker.busy_groups(), self._broker.joined_groups()
+
+    async def close(self) -> None:
+        self._broker.close()
 
     async def retire(self, group: str) -> None:
         self._broker.retire(group)
@@ -109,10 +112,15 @@ def require_fits(spec: GroupSpec) -> None:
         )
 
 
+class JobFailed(RuntimeError):
+    """A job ended in an error of its own."""
+
+
 @dataclass
 class _Group:
     spec: GroupSpec
     thread: threading.Thread
+    started: float
     retiring: bool = False
 
 
@@ -123,15 +131,22 @@ class Pool:
         name: of the study; part of the broker's name, so that studies don't meet.
         storage: a folder that all nodes share; Ray Train's own files go below it.
         isolated: every job gets a fresh group.
+        lease_seconds: an attempt without a sign of life for so long is lost.
+        start_seconds: a group that hasn't come up after so long is an error, not a wait.
     """
 
     def __init__(
-        self, name: str, storage: Path, isolated: bool = False, lease_seconds: float = 600.0
+        self,
+        name: str,
+        storage: Path,
+        isolated: bool = False,
+        lease_seconds: float = 600.0,
+        start_seconds: float = 300.0,
     ) -> None:
         import ray
 
         self.broker_name = f"e2lora-broker-{name}-{uuid.uuid4().hex[:6]}"
-        self._storage, self._isolated = storage, isolated
+        self._storage, self._isolated, self._start_seconds = storage, isolated, start_seconds
         actor: Any = ray.remote(BrokerActor)
         self.broker: Any = actor.options(
             name=self.broker_name, num_cpus=0, resources=HEAD, max_concurrency=1000
@@ -151,10 +166,9 @@ class Pool:
 
         self._closing.set()
         self._manager.join()
-        for name in list(self._groups):
-            ray.get(self.broker.retire.remote(name))
-        deadline = time.monotonic() + (30.0 if exc[0] is None else 5.0)
-        for group in list(self._groups.values()):
+        ray.get(self.broker.close.remote())
+        deadline = time.monotonic() + (30.0 if self.error is None else 0.0)
+        for group in self._groups.values():
             group.thread.join(max(0.0, deadline - time.monotonic()))
         ray.kill(self.broker)
 
@@ -167,7 +181,8 @@ class Pool:
         """Submit one job and wait for its result.
 
         Raises:
-            RuntimeError: with the job's error, if it failed.
+            JobFailed: with the job's error.
+            RuntimeError: no group can serve it.
         """
         import ray
 
@@ -180,27 +195,42 @@ class Pool:
                 continue
             seen, update = news
             if update.error is not None:
-                raise RuntimeError(update.error)
+                raise JobFailed(update.error)
             if update.result is not None:
                 return update.result
 
     def require_healthy(self) -> None:
-        """Raise what ended the manager or a group for good, if anything did."""
+        """Raise what keeps jobs from being served, if anything does."""
         if self.error is not None:
-            raise RuntimeError(f"a worker group could not go on: {self.error}") from self.error
+            raise RuntimeError(f"worker groups can't serve trials: {self.error}") from self.error
 
     def _manage(self) -> None:
         import ray
 
         try:
             while not self._closing.wait(0.25):
-                demand, busy = ray.get(self.broker.demand.remote())
+                demand, busy, joined = ray.get(self.broker.demand.remote())
                 self._groups = {n: g for n, g in self._groups.items() if g.thread.is_alive()}
+                self._require_starting(joined)
                 for spec, waiting in demand.items():
                     self._serve_demand(spec, waiting, set(demand), busy)
         except BaseException as error:
             if not self._closing.is_set():
                 self.error = error
+
+    def _require_starting(self, joined: set[str]) -> None:
+        late = [
+            name
+            for name, group in self._groups.items()
+            if name not in joined and time.monotonic() - group.started > self._start_seconds
+        ]
+        if late:
+            raise TimeoutError(
+                f"a worker group must come up within {self._start_seconds:.0f} s; {late[0]} did "
+                "not. Either something else holds the cluster's resources (`ray status`), or its "
+                "processes end while they start (logs under /tmp/ray/session_latest/logs; every "
+                "node needs this package and its dependencies)."
+            )
 
     def _serve_demand(
         self, spec: GroupSpec, waiting: int, wanted: set[GroupSpec], busy: set[str]
@@ -226,7 +256,7 @@ class Pool:
         self._started += 1
         name = f"group-{self._started:03d}"
         thread = threading.Thread(target=self._fit, args=(name, spec), daemon=True)
-        self._groups[name] = _Group(spec, thread)
+        self._groups[name] = _Group(spec, thread, time.monotonic())
         thread.start()
 
     def _fit(self, name: str, spec: GroupSpec) -> None:
@@ -270,5 +300,8 @@ def _group_loop(config: dict[str, Any]) -> None:
 
     from e2lora.worker import serve
 
-    broker = ray.get_actor(config["broker"])
+    try:
+        broker = ray.get_actor(config["broker"])
+    except ValueError:  # the pool closed before this group came up
+        return
     serve(broker, config["name"], GroupSpec(**config["spec"]), config["max_jobs"])

@@ -102,6 +102,7 @@ class _Run:
         self.identity = fingerprint_of([config.identity(), plan.fingerprint()])
         self.losses: list[float] = []
         self.evaluations: list[Evaluation] = []
+        self.outcomes: list[float] = []
 
     def to_the_end(self) -> TrainedTrial:
         training = self.config.training
@@ -111,9 +112,7 @@ class _Run:
             start = self._resume()
             for step in range(start, training.max_steps):
                 self._train_step(step)
-                self.reports.on_step(step + 1)
-                if self._evaluation_is_due(step + 1):
-                    self._evaluate(step + 1)
+                self._follow_up(step + 1)
         finally:
             self.engine.close()
         if self.rank == 0:
@@ -128,8 +127,9 @@ class _Run:
             return 0
         self.engine.restore(state.tensors, state.step)
         self.losses, self.evaluations = state.losses, state.evaluations
+        self.outcomes = state.outcomes
         for evaluation in self.evaluations:  # the study may not have heard of the last ones
-            self.reports.on_evaluation(evaluation, state.outcomes)
+            self.reports.on_evaluation(evaluation, self.outcomes)
         return state.step
 
     def _train_step(self, step: int) -> None:
@@ -160,14 +160,20 @@ class _Run:
             )
         self.losses.append(mean)
 
-    def _evaluation_is_due(self, step: int) -> bool:
+    def _follow_up(self, step: int) -> None:
+        """After ``step`` steps; a checkpoint comes before the study hears, so that stays done."""
         training = self.config.training
-        every = training.eval_every
-        return step == training.max_steps or (every is not None and step % every == 0)
+        self.reports.on_step(step)
+        evaluates = step == training.max_steps or _is_due(step, training.eval_every)
+        if evaluates:
+            self._evaluate(step)
+        if evaluates or _is_due(step, training.checkpoint_every):
+            self._checkpoint(step)
+        if evaluates:
+            self.reports.on_evaluation(self.evaluations[-1], self.outcomes)
 
     def _evaluate(self, step: int) -> None:
-        """Evaluate, checkpoint, report: in this order, so that a reported step is never redone."""
-        metrics, outcomes = evaluate(
+        metrics, self.outcomes = evaluate(
             self.adapted,
             self.data.task,
             self.base.tokenizer,
@@ -179,16 +185,20 @@ class _Run:
         since = self.evaluations[-1].step if self.evaluations else 0
         recent = self.losses[since:]
         metrics["train_loss"] = math.fsum(recent) / len(recent)
-        evaluation = Evaluation(step=step, metrics=metrics)
-        self.evaluations.append(evaluation)
+        self.evaluations.append(Evaluation(step=step, metrics=metrics))
+
+    def _checkpoint(self, step: int) -> None:
         tensors = self.engine.gather()
         self.reports.on_step(step)  # an attempt that lost its trial must not write
         if self.rank == 0:
             state = TrainState(
-                step, self.identity, tensors, self.losses, self.evaluations, outcomes
+                step, self.identity, tensors, self.losses, self.evaluations, self.outcomes
             )
             save_checkpoint(self.folder.checkpoints, state)
-        self.reports.on_evaluation(evaluation, outcomes)
+
+
+def _is_due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
 
 
 def _seed_of(seed: int, step: int, rank: int) -> int:

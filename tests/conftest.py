@@ -12,6 +12,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it, outside of Ray Train
 
 ROOT = Path(__file__).resolve().parents[1]
+os.environ["PYTHONPATH"] = str(ROOT)  # processes that tests start find e2lora, and tests
 LACKING: list[str] = []
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import ray
+from filelock import FileLock
 
 from e2lora.config import Study, TrialConfig
 from e2lora.search.entry import run_command
@@ -138,6 +139,15 @@ def test_tracking_server_that_does_not_answer_is_refused(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     assert run_command("tests.small", None, tmp_path, None, isolated=False) == 2
     assert "127.0.0.1:9" in capsys.readouterr().err
+
+
+def test_study_that_another_process_runs_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "held").mkdir()
+    with FileLock(tmp_path / "held" / ".lock"):
+        assert run_command("tests.small", None, tmp_path, "held", isolated=False) == 2
+    assert "one process at a time" in capsys.readouterr().err
 
 
 def test_study_of_another_space_is_not_continued(

@@ -19,7 +19,7 @@ from ray.tune.search.optuna import OptunaSearch
 
 from e2lora.config import Study, TrialConfig, in_one_paragraph
 from e2lora.plan import count_adapter_parameters
-from e2lora.pool import Pool
+from e2lora.pool import JobFailed, Pool
 from e2lora.records import StudyFolder, TrialResult, write_json
 from e2lora.search.plans import Plans, require_declared, with_absolute_paths
 
@@ -97,7 +97,7 @@ class LedgerSearch(OptunaSearch):
                 return Searcher.FINISHED
         try:
             return super().suggest(trial_id)
-        except ValueError as error:  # what the space returned can't be trained
+        except (ValueError, JobFailed) as error:  # what the space returned can't be trained
             number = self._ot_trials.pop(trial_id).number
             reason = in_one_paragraph(error)
             print(f"trial {number} is failed without training: {reason}", flush=True)

@@ -38,6 +38,9 @@ class Progress(Callback):
         """Nothing for the copy that Tune writes for its own restore."""
         return {}
 
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        self._pool.require_healthy()
+
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:

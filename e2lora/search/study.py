@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from e2lora.config import GroupSpec, Study, TrialConfig
 from e2lora.pool import HEAD, Pool, slots
@@ -54,6 +58,37 @@ def run_study(
     started = time.monotonic()
     folder = StudyFolder(storage.expanduser().resolve(), name)
     num_trials = num_trials or study.num_trials
+    folder.path.mkdir(parents=True, exist_ok=True)
+    with _held_alone(folder):
+        return _run_alone(study, space, folder, num_trials, isolated, started)
+
+
+@contextmanager
+def _held_alone(folder: StudyFolder) -> Iterator[None]:
+    """One process at a time may run a study; the lock goes with the process that holds it.
+
+    Raises:
+        ValueError: another one runs it now.
+    """
+    lock = FileLock(folder.path / ".lock", blocking=False)
+    try:
+        with lock:
+            yield
+    except Timeout as error:
+        raise ValueError(
+            f"a study is run by one process at a time; another one runs {folder.path} now. Wait "
+            "for it, or give this one another --study name."
+        ) from error
+
+
+def _run_alone(
+    study: Study,
+    space: str,
+    folder: StudyFolder,
+    num_trials: int,
+    isolated: bool,
+    started: float,
+) -> StudyOutcome:
     record = _record_of(study, space, folder)
     plans = Plans(folder)
     configs = _preflight(study, plans, folder)
@@ -61,7 +96,7 @@ def run_study(
     tracker = Tracker(default_tracking_uri(folder.path.parent), folder, record)
     spec = GroupSpec.of(configs[0].training) if configs else None
     print(_opening(study, folder, num_trials, spec, isolated), flush=True)
-    with Pool(name, folder.path / "ray", isolated) as pool:
+    with Pool(folder.name, folder.path / "ray", isolated) as pool:
         if spec and not isolated:
             pool.warm(spec)
         interrupted = _tune(study, folder, plans, pool, tracker, num_trials, spec)
@@ -126,7 +161,6 @@ def _require_shared_storage(path: Path) -> None:
     nodes = [node for node in ray.nodes() if node["Alive"]]
     if len(nodes) < 2:
         return
-    path.mkdir(parents=True, exist_ok=True)
     token = path / f".shared-{os.getpid()}"
     token.touch()
 

@@ -1,0 +1,100 @@
+"""Resident worker groups on a Ray of two CPUs."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from e2lora.broker import Job
+from e2lora.config import GroupSpec
+from e2lora.pool import JobFailed, Pool, slots
+from e2lora.records import TrialFolder
+from e2lora.search.plans import Plans
+from tests.small import small_trial
+
+ONE = GroupSpec.of(small_trial().training)
+TWO = GroupSpec.of(small_trial(num_workers=2).training)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def two_cpus() -> Iterator[None]:
+    ray.init(address="local", num_cpus=2, log_to_driver=False, include_dashboard=False)
+    yield
+    ray.shutdown()
+
+
+def trial_job(folder: Path, number: int, **training: object) -> Job:
+    """A trial's job, its configuration and plan written where the group looks for them."""
+    from e2lora.plan import build_plan
+    from e2lora.records import StudyFolder, write_json
+
+    config = small_trial(**training)
+    place = TrialFolder(folder / f"{number:05d}")
+    plans = Plans(StudyFolder(folder, "unused"))
+    write_json(place.plan_file, build_plan(plans.targets(config), config.plan))
+    write_json(place.config_file, config)
+    spec = GroupSpec.of(config.training)
+    return Job(f"trial-{number:05d}", "trial", spec, {"folder": str(place.path)})
+
+
+def test_number_of_groups_follows_from_the_cluster() -> None:
+    assert slots(ONE) == 2
+    assert slots(TWO) == 1
+    assert slots(ONE.model_copy(update={"cpus_per_worker": 2})) == 1
+    assert slots(ONE.model_copy(update={"gpus_per_worker": 0.5})) == 0
+
+
+def test_group_that_can_not_start_is_an_error_and_not_a_wait(tmp_path: Path) -> None:
+    @ray.remote(num_cpus=2)
+    class Squatter:
+        def here(self) -> bool:
+            return True
+
+    squatter = Squatter.remote()
+    assert ray.get(squatter.here.remote())
+    job = Job("trial-00000", "trial", ONE, {"folder": str(tmp_path / "00000")})
+    with (
+        Pool("held", tmp_path, start_seconds=2) as pool,
+        pytest.raises(RuntimeError, match="must come up within 2 s"),
+    ):
+        pool.run(job)
+    ray.kill(squatter)
+
+
+@pytest.mark.slow
+def test_kinds_follow_one_another_and_a_failed_job_leaves_its_group_usable(
+    tmp_path: Path,
+) -> None:
+    """One worker, then two on the same CPUs; two workers give the numbers of one."""
+    jobs = [
+        trial_job(tmp_path, 0),
+        Job("trial-00009", "trial", ONE, {"folder": str(tmp_path / "absent" / "00009")}),
+        trial_job(tmp_path, 1),
+        trial_job(tmp_path, 2, num_workers=2, zero_stage=2),
+    ]
+    ended: dict[str, Any] = {}
+    with Pool("kinds", tmp_path / "ray") as pool:
+
+        def run(job: Job) -> None:
+            try:
+                ended[job.key] = pool.run(job)
+            except JobFailed as error:
+                ended[job.key] = str(error)
+
+        threads = [threading.Thread(target=run, args=(job,)) for job in jobs]
+        for thread in threads:
+            thread.start()
+            time.sleep(0.2)
+        for thread in threads:
+            thread.join(240)
+    one, failed, again, two = (ended[job.key] for job in jobs)
+    assert isinstance(failed, str)
+    assert "trial.json" in failed
+    assert again["losses"] == one["losses"]
+    assert two["losses"] == pytest.approx(one["losses"], abs=2e-5)
