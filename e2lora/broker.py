@@ -186,6 +186,7 @@ class Broker:
         return waiting
 
     def busy_groups(self) -> set[str]:
+        self._expire()
         return {s.group for s in self._states.values() if s.token and s.group}
 
     def retire(self, group: str) -> None:

@@ -66,7 +66,8 @@ def save_checkpoint(folder: Path, state: TrainState, keep: int = 1) -> None:
     (partial / MARKER).touch()
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
-    for old in _complete(folder)[:-keep]:
+    leftovers = folder.glob(".step-*")  # of processes that were killed while they wrote
+    for old in (*_complete(folder)[:-keep], *leftovers):
         shutil.rmtree(old, ignore_errors=True)
 
 

@@ -88,7 +88,15 @@ class _Recorder:
         layers = []
         for target in self.targets:
             sums = self.sums.get(target.path) or self._reduced_sums(target, group)
-            layers.append(LayerGradient(target=target, moments=sums.moments()))
+            if sums.totals.isfinite().all():
+                layers.append(LayerGradient(target=target, moments=sums.moments()))
+        measured = {entry.target.path for entry in layers}
+        broken = [target.path for target in self.targets if target.path not in measured]
+        if broken:
+            raise ValueError(
+                f"every target needs a finite gradient; {len(broken)} got none: "
+                f"{', '.join(broken[:5])}. Measure in float32, or calibrate on other samples."
+            )
         return layers
 
     def _reduced_sums(self, target: Target, group: Any) -> _Sums:

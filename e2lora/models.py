@@ -165,7 +165,7 @@ def find_targets(model: nn.Module, target_modules: Sequence[str]) -> tuple[Targe
             known = sorted({candidate.path.rpartition(".")[2] for candidate in candidates})
             raise ValueError(
                 "each of `target_modules` must end the path of a linear module inside the "
-                f"numbered layers; {name!r} matches none. This model has: {', '.join(known)}."
+                f"numbered layers; {name!r} matches none. This model has: {', '.join(known) or 'none'}."
             )
         found |= {match.path: match for match in matches}
     return _one_shape_per_type([c for c in candidates if c.path in found])

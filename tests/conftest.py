@@ -10,6 +10,7 @@ import pytest
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it, outside of Ray Train
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads than cores cost tenfold
 
 ROOT = Path(__file__).resolve().parents[1]
 os.environ["PYTHONPATH"] = str(ROOT)  # processes that tests start find e2lora, and tests

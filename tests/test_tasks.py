@@ -240,8 +240,6 @@ def test_tasks_of_real_files_are_read(tokenizer: Any) -> None:
 
 # ---- what is refused --------------------------------------------------------------------------
 
-NOT_YET = pytest.mark.xfail(strict=True, reason="reported; see the message that is expected")
-
 WRONG_FILES = {
     "missing column": (
         [{"txt": "a", "label": 0}] * 4,
@@ -285,12 +283,7 @@ WRONG_FILES = {
 }
 
 
-def wrong(name: str) -> Any:
-    pending = {"no rows", "broken line", "numbers and words for labels"}
-    return pytest.param(*WRONG_FILES[name], id=name, marks=[NOT_YET] if name in pending else [])
-
-
-@pytest.mark.parametrize(("content", "message"), [wrong(name) for name in WRONG_FILES])
+@pytest.mark.parametrize(("content", "message"), WRONG_FILES.values(), ids=WRONG_FILES)
 def test_wrong_file_is_refused_with_the_value_and_a_remedy(
     tmp_path: Path, content: str | Rows, message: str
 ) -> None:
@@ -298,7 +291,6 @@ def test_wrong_file_is_refused_with_the_value_and_a_remedy(
         task_of(folder_of(tmp_path / "data", train=content))
 
 
-@NOT_YET
 def test_row_number_in_an_error_is_that_of_the_file(tmp_path: Path) -> None:
     rows = [*ROWS, {"text": None, "label": 1}]
     with pytest.raises(ValueError, match="row 12 of"):
@@ -349,14 +341,12 @@ def test_unreachable_hub_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
         task_of("absent-organisation/absent")
 
 
-@NOT_YET
 def test_splits_may_be_files_of_different_kinds(tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "data", test=ROWS)
     WRITERS[".csv"](folder / "train.csv", ROWS)
     assert task_of(folder, validation_split="test").labels == [0, 1]
 
 
-@NOT_YET
 def test_two_files_for_one_split_are_refused(tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "data", train=ROWS)
     WRITERS[".csv"](folder / "train.csv", ROWS)
@@ -364,6 +354,5 @@ def test_two_files_for_one_split_are_refused(tmp_path: Path) -> None:
         task_of(folder)
 
 
-@NOT_YET
 def test_path_is_not_taken_for_a_pattern(tmp_path: Path) -> None:
     assert task_of(folder_of(tmp_path / "data [1]*", train=ROWS)).labels == [0, 1]

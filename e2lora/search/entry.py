@@ -102,8 +102,12 @@ def _require_positive(num_trials: int | None) -> None:
 
 
 def _connect() -> None:
-    """To the cluster of RAY_ADDRESS or one that runs here; else a Ray of our own."""
+    """To the cluster of RAY_ADDRESS, which a submitted job has; else a Ray of this process's own.
+
+    Left to itself Ray would look for the last one that ran here, and wait for it if it was killed.
+    """
     import ray
 
     if not ray.is_initialized():
-        ray.init(log_to_driver=False, logging_level=logging.WARNING)
+        address = os.environ.get("RAY_ADDRESS") or "local"
+        ray.init(address, log_to_driver=False, logging_level=logging.WARNING)

@@ -6,6 +6,7 @@ A local folder holds ``train``, ``validation`` and ``test`` files (jsonl, json, 
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,22 +37,26 @@ def read_splits(config: TaskConfig, columns: Sequence[str]) -> dict[str, Any]:
                 f"the data must hold the named splits; {location} has {sorted(local)}, not "
                 f"{absent}. Set `train_split`/`validation_split` (None carves one)."
             )
-        reader = READERS[local[names[0]].suffix]
-        source: tuple[str, dict[str, Any]] = (
-            reader,
-            {"data_files": {name: str(local[name]) for name in names}},
-        )
-    else:
-        source = (location, {"name": config.subset})
-    try:
-        loaded = {name: datasets.load_dataset(source[0], split=name, **source[1]) for name in names}
-    except Exception as error:  # each reader and the hub raise their own kinds
-        raise ValueError(
-            "the data must be a readable local file or folder, demo:NAME, or a hub name that can "
-            f"be reached; got {config.data!r}: {type(error).__name__}: "
-            f"{str(error).splitlines()[0] if str(error) else ''} Check the name, the file's "
-            "lines, or your access to the hub."
-        ) from error
+    loaded = {}
+    options: dict[str, Any]
+    for name in names:
+        if local is None:
+            source, options = location, {"name": config.subset}
+        else:
+            source = READERS[local[name].suffix]
+            # a path is not a pattern: brackets in it are meant
+            options = {"data_files": {name: glob.escape(str(local[name]))}}
+            if source == "csv":  # the text "NA" is a text
+                options |= {"keep_default_na": False, "na_values": [""]}
+            _require_content(local[name])
+        try:
+            loaded[name] = datasets.load_dataset(source, split=name, **options)
+        except Exception as error:  # each reader and the hub raise their own kinds
+            raise ValueError(
+                "the data must be a readable local file or folder, demo:NAME, or a hub name that "
+                f"can be reached; got {config.data!r}, split {name!r}: {_first_cause(error)} "
+                "Check the name, the file's lines, or your access to the hub."
+            ) from error
     for name, rows in loaded.items():
         if len(rows) == 0:
             raise ValueError(f"split {name!r} of {config.data!r} holds no rows. Name another one.")
@@ -68,6 +73,19 @@ def read_splits(config: TaskConfig, columns: Sequence[str]) -> dict[str, Any]:
     }
 
 
+def _first_cause(error: BaseException) -> str:
+    """What was wrong at the bottom: `datasets` only says that reading failed."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
+def _require_content(file: Path) -> None:
+    if file.stat().st_size == 0:
+        raise ValueError(f"a data file must hold rows; {file} is empty. Name another one.")
+
+
 def _local_files(path: Path) -> dict[str, Path]:
     if path.is_file():
         if path.suffix not in READERS:
@@ -75,7 +93,15 @@ def _local_files(path: Path) -> dict[str, Path]:
                 f"a data file must end in one of {sorted(READERS)}; got {path}. Convert it."
             )
         return {"train": path}
-    files = {file.stem: file for file in sorted(path.iterdir()) if file.suffix in READERS}
+    files: dict[str, Path] = {}
+    for file in sorted(path.iterdir()):
+        if file.suffix in READERS:
+            if file.stem in files:
+                raise ValueError(
+                    f"a data folder must hold one file per split; {path} has {file.name} beside "
+                    f"{files[file.stem].name}. Remove or rename one of them."
+                )
+            files[file.stem] = file
     if not files:
         raise FileNotFoundError(
             f"a data folder must hold files such as train.jsonl (or {sorted(READERS)}); "

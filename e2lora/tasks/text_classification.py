@@ -28,10 +28,12 @@ class TextClassification:
         self._text_columns = [config.text_column]
         self._text_columns += [config.text2_column] if config.text2_column else []
         splits = read_splits(config, [*self._text_columns, config.label_column])
+        for split, rows in splits.items():  # before carving: row numbers are those of the file
+            if rows is not None:
+                require_filled(rows, self._text_columns, str, split, config)
+                kind = str if isinstance(rows[0][config.label_column], str) else int
+                require_filled(rows, [config.label_column], kind, split, config)
         self._rows = carve_validation(splits, config)
-        for split, rows in self._rows.items():
-            require_filled(rows, self._text_columns, str, split, config)
-            require_filled(rows, [config.label_column], (int, str), split, config)
         self.labels = sorted(set(self._rows["train"][config.label_column]))
         if len(self.labels) < 2:
             raise ValueError(
