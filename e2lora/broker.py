@@ -86,6 +86,7 @@ class Broker:
         self._states: dict[str, _State] = {}
         self._queue: deque[str] = deque()
         self._incarnations: dict[str, int] = {}
+        self._heard: dict[str, float] = {}  # group → when it last spoke
         self._retiring: set[str] = set()
         self._closed = False
 
@@ -123,6 +124,7 @@ class Broker:
     def join(self, group: str) -> int:
         """A group (re)started: whatever it held before is lost. Returns its incarnation."""
         self._incarnations[group] = self._incarnations.get(group, 0) + 1
+        self._heard[group] = self._clock()
         for state in self._states.values():
             if state.group == group:
                 self._lose(state, f"its worker group {group} died")
@@ -131,6 +133,7 @@ class Broker:
     def next_attempt(self, group: str, incarnation: int, spec: GroupSpec) -> Attempt | str | None:
         """An attempt for an idle group; ``"retire"`` if it should end; None if nothing waits."""
         self._expire()
+        self._heard[group] = self._clock()
         if self._closed or group in self._retiring:
             return "retire"
         if self._incarnations.get(group) != incarnation:
@@ -193,9 +196,9 @@ class Broker:
         """The group ends when it next asks for work."""
         self._retiring.add(group)
 
-    def joined_groups(self) -> set[str]:
-        """Groups that have come up, once at least."""
-        return set(self._incarnations)
+    def silences(self) -> dict[str, float]:
+        """Seconds since each group that ever came up has joined or asked for work."""
+        return {group: self._clock() - heard for group, heard in self._heard.items()}
 
     def close(self) -> None:
         """Every attempt ends at its next sign of life, unfinished, and every group retires."""

@@ -162,10 +162,11 @@ def find_targets(model: nn.Module, target_modules: Sequence[str]) -> tuple[Targe
     for name in target_modules:
         matches = [c for c in candidates if c.path == name or c.path.endswith(f".{name}")]
         if not matches:
-            known = sorted({candidate.path.rpartition(".")[2] for candidate in candidates})
+            names = sorted({candidate.path.rpartition(".")[2] for candidate in candidates})
+            known = ", ".join(names) or "none"
             raise ValueError(
                 "each of `target_modules` must end the path of a linear module inside the "
-                f"numbered layers; {name!r} matches none. This model has: {', '.join(known) or 'none'}."
+                f"numbered layers; {name!r} matches none. This model has: {known}."
             )
         found |= {match.path: match for match in matches}
     return _one_shape_per_type([c for c in candidates if c.path in found])

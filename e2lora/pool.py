@@ -67,9 +67,9 @@ class BrokerActor:
     async def fail(self, token: str, error: str) -> bool:
         return self._broker.fail(token, error)
 
-    async def demand(self) -> tuple[dict[GroupSpec, int], set[str], set[str]]:
-        """Jobs waiting by kind, the groups at work, and those that have come up."""
-        return self._broker.demand(), self._broker.busy_groups(), self._broker.joined_groups()
+    async def demand(self) -> tuple[dict[GroupSpec, int], set[str], dict[str, float]]:
+        """Jobs waiting by kind, the groups at work, and for how long each was silent."""
+        return self._broker.demand(), self._broker.busy_groups(), self._broker.silences()
 
     async def close(self) -> None:
         self._broker.close()
@@ -131,8 +131,9 @@ class Pool:
         name: of the study; part of the broker's name, so that studies don't meet.
         storage: a folder that all nodes share; Ray Train's own files go below it.
         isolated: every job gets a fresh group.
+        warm: start every group of this kind that fits at once, ahead of its jobs.
         lease_seconds: an attempt without a sign of life for so long is lost.
-        start_seconds: a group that hasn't come up after so long is an error, not a wait.
+        start_seconds: when no group has come up for so long, that is an error and not a wait.
     """
 
     def __init__(
@@ -140,6 +141,7 @@ class Pool:
         name: str,
         storage: Path,
         isolated: bool = False,
+        warm: GroupSpec | None = None,
         lease_seconds: float = 600.0,
         start_seconds: float = 300.0,
     ) -> None:
@@ -151,13 +153,17 @@ class Pool:
         self.broker: Any = actor.options(
             name=self.broker_name, num_cpus=0, resources=HEAD, max_concurrency=1000
         ).remote(lease_seconds)
-        self._groups: dict[str, _Group] = {}
+        self._groups: dict[str, _Group] = {}  # of the manager's thread, until that has ended
         self._started = 0
+        self._warm = warm
         self._closing = threading.Event()
         self._manager = threading.Thread(target=self._manage, daemon=True)
         self.error: BaseException | None = None
 
     def __enter__(self) -> Pool:
+        if self._warm:
+            for _ in range(slots(self._warm)):
+                self._start(self._warm)
         self._manager.start()
         return self
 
@@ -171,11 +177,6 @@ class Pool:
         for group in self._groups.values():
             group.thread.join(max(0.0, deadline - time.monotonic()))
         ray.kill(self.broker)
-
-    def warm(self, spec: GroupSpec) -> None:
-        """Start every group of a kind that fits, ahead of its jobs; call before submitting any."""
-        for _ in range(slots(spec)):
-            self._start(spec)
 
     def run(self, job: Job) -> dict[str, Any]:
         """Submit one job and wait for its result.
@@ -209,27 +210,28 @@ class Pool:
 
         try:
             while not self._closing.wait(0.25):
-                demand, busy, joined = ray.get(self.broker.demand.remote())
+                demand, busy, silences = ray.get(self.broker.demand.remote())
                 self._groups = {n: g for n, g in self._groups.items() if g.thread.is_alive()}
-                self._require_starting(joined)
+                self._require_some_awake(busy, silences)
                 for spec, waiting in demand.items():
                     self._serve_demand(spec, waiting, set(demand), busy)
         except BaseException as error:
             if not self._closing.is_set():
                 self.error = error
 
-    def _require_starting(self, joined: set[str]) -> None:
-        late = [
+    def _require_some_awake(self, busy: set[str], silences: dict[str, float]) -> None:
+        now = time.monotonic()
+        awake = [
             name
             for name, group in self._groups.items()
-            if name not in joined and time.monotonic() - group.started > self._start_seconds
+            if name in busy or silences.get(name, now - group.started) < self._start_seconds
         ]
-        if late:
+        if self._groups and not awake:
             raise TimeoutError(
-                f"a worker group must come up within {self._start_seconds:.0f} s; {late[0]} did "
-                "not. Either something else holds the cluster's resources (`ray status`), or its "
-                "processes end while they start (logs under /tmp/ray/session_latest/logs; every "
-                "node needs this package and its dependencies)."
+                f"a worker group must come up within {self._start_seconds:.0f} s; none of "
+                f"{len(self._groups)} did. Either something else holds the cluster's resources "
+                "(`ray status`), or their processes end while they start (logs under "
+                "/tmp/ray/session_latest/logs; every node needs this package and what it needs)."
             )
 
     def _serve_demand(

@@ -79,7 +79,7 @@ def render_report(folder: StudyFolder, trials_planned: int | None = None) -> Rep
         pictures=tuple(file for files in pictures for file in files),
         csv=out / "results.csv",
         markdown=out / "table.md",
-        table="\n\n".join([progress, *(_text_section(section) for section in sections)]),
+        table="\n\n".join(_text_section(section) for section in sections),
         verdict=verdict,
     )
     report.csv.write_text(_csv(trials, sections), encoding="utf-8")

@@ -286,7 +286,7 @@ def _study_params(record: StudyRecord) -> dict[str, str]:
         "study": record.name,
         "space": record.space,
         "models": ", ".join(model.name for model in record.models),
-        "tasks": ", ".join(task.data for task in record.tasks),
+        "tasks": ", ".join(task.display_name for task in record.tasks),
         "budgets": ", ".join(map(str, record.budgets)),
         "seeds": ", ".join(map(str, record.seeds)),
         "objectives": ", ".join(f"{o.name} ({o.direction})" for o in record.objectives),
@@ -295,10 +295,10 @@ def _study_params(record: StudyRecord) -> dict[str, str]:
 
 def _trial_params(config: TrialConfig) -> dict[str, str]:
     """What is worth an axis of MLflow's parallel plot; all the rest stands in trial.json."""
-    model, task = config.model, config.task
+    model = config.model
     values: dict[str, object] = {
         "model": f"{model.name}@{model.revision}" if model.revision else model.name,
-        "task": f"{task.data}/{task.subset}" if task.subset else task.data,
+        "task": config.task.display_name,
         "system": config.system,
         "seed": config.seed,
         "target_modules": ", ".join(config.adapter.target_modules),

@@ -251,7 +251,7 @@ def test_complete_trial_without_the_metric_is_not_scored(study: MadeUpStudy) -> 
 
 def test_study_without_a_complete_trial_says_so(study: MadeUpStudy) -> None:
     empty = render_report(study.folder, trials_planned=12)
-    assert "0 of 12 planned trials have ended" in empty.table
+    assert "0 of 12 planned trials have ended" in empty.verdict
     assert "nothing to compare" in empty.verdict
     study.add(LORA, ended=False)
     study.add(E2, error="RuntimeError: lost")

@@ -60,6 +60,19 @@ class Plans:
         options = config.plan.model_copy(update=without_profile if needs_profile else {})
         build_plan(self.targets(config), options)
 
+    def measure_profiles(self, configs: Iterable[TrialConfig], pool: Pool) -> None:
+        """Measure, on the pool, what profiles these configurations need and the study lacks."""
+        wanting = {
+            self.profile_file(config): config
+            for config in map(with_absolute_paths, configs)
+            if config.plan.topology in NEEDS_PROFILE
+        }
+        missing = [config for file, config in wanting.items() if not file.exists()]
+        if missing:
+            print(f"measuring {len(missing)} gradient profile(s) as groups come up", flush=True)
+        for config in missing:
+            self._profile(config, pool)
+
     def plan_for(self, config: TrialConfig, pool: Pool) -> SharingPlan:
         """The plan, after measuring the profile on a group if it isn't there yet."""
         self.check(config)

@@ -96,9 +96,9 @@ def _run_alone(
     tracker = Tracker(default_tracking_uri(folder.path.parent), folder, record)
     spec = GroupSpec.of(configs[0].training) if configs else None
     print(_opening(study, folder, num_trials, spec, isolated), flush=True)
-    with Pool(folder.name, folder.path / "ray", isolated) as pool:
-        if spec and not isolated:
-            pool.warm(spec)
+    warm = None if isolated else spec
+    with Pool(folder.name, folder.path / "ray", isolated, warm) as pool:
+        plans.measure_profiles(configs, pool)
         interrupted = _tune(study, folder, plans, pool, tracker, num_trials, spec)
     tracker.mirror_all()
     report = render_report(folder, num_trials)
