@@ -236,7 +236,7 @@ def test_failed_trial_is_listed_with_its_error_and_never_scored(study: MadeUpStu
     report = render_report(study.folder)
     line = line_with(report.table, "not scored")
     assert f"trial {failed}, LoRA r=8: ValueError: the rank is <too> large" in line
-    assert "1 complete, 1 failed" in report.table
+    assert "1 complete, 1 failed" in report.verdict
     assert "1.0000" not in report.table + report.verdict
     assert "is &lt;too&gt; large" in report.html.read_text(encoding="utf-8")
     rows = {row["trial"]: row for row in csv.DictReader(report.csv.open(encoding="utf-8"))}
@@ -256,7 +256,7 @@ def test_study_without_a_complete_trial_says_so(study: MadeUpStudy) -> None:
     study.add(LORA, ended=False)
     study.add(E2, error="RuntimeError: lost")
     report = render_report(study.folder, trials_planned=12)
-    assert "1 failed; 1 running or interrupted" in report.table
+    assert "1 failed; 1 running or interrupted" in report.verdict
     assert "No trial is complete yet" in report.table
     assert "No trial is complete yet" in report.html.read_text(encoding="utf-8")
     # A profile is there before any trial: its picture is shown, the others can't be.

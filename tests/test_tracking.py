@@ -208,7 +208,7 @@ def test_study_has_one_parent_and_one_child_per_trial(tmp_path: Path, uri: str) 
         "study": "quick",
         "space": "search_spaces/quickstart.py",
         "models": "tiny-encoder",
-        "tasks": "glue",
+        "tasks": "glue/sst2",
         "budgets": "4, 8",
         "seeds": "0, 1",
         "objectives": "accuracy (maximize), adapter_parameters (minimize)",

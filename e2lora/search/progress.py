@@ -12,7 +12,7 @@ from e2lora.pool import Pool
 from e2lora.records import StudyFolder, TrialFolder
 from e2lora.tracking import Tracker
 
-PULSE_SECONDS = 15.0
+PULSE_SECONDS = 10.0
 
 
 class Progress(Callback):
