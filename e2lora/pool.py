@@ -16,10 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from e2lora.broker import Attempt, Broker, Job, Update
+from e2lora.cluster import HEAD, slots
 from e2lora.config import GroupSpec
-
-HEAD = {"node:__internal_head__": 0.001}
-"""Places what needs no CPU on the head node; it runs though groups hold every CPU."""
 
 WAIT_SECONDS = 5.0
 
@@ -76,40 +74,6 @@ class BrokerActor:
 
     async def retire(self, group: str) -> None:
         self._broker.retire(group)
-
-
-def slots(spec: GroupSpec) -> int:
-    """How many groups of this kind the whole cluster holds at once."""
-    import ray
-
-    workers = 0
-    for node in ray.nodes():
-        if node["Alive"]:
-            have = node["Resources"]
-            fits = [have.get("CPU", 0) // spec.cpus_per_worker]
-            if spec.gpus_per_worker:
-                fits.append(have.get("GPU", 0) // spec.gpus_per_worker)
-            workers += int(min(fits))
-    return workers // spec.num_workers
-
-
-def require_fits(spec: GroupSpec) -> None:
-    """Refuse a kind of group of which not even one fits the cluster.
-
-    Raises:
-        ValueError: with what is asked for and what there is.
-    """
-    import ray
-
-    if slots(spec) == 0:
-        have = ray.cluster_resources()
-        raise ValueError(
-            "a trial's workers must all fit the cluster at once; it asks for "
-            f"{spec.num_workers} worker(s) of {spec.cpus_per_worker:g} CPU and "
-            f"{spec.gpus_per_worker:g} GPU each, and the cluster has {have.get('CPU', 0):g} CPU "
-            f"and {have.get('GPU', 0):g} GPU on {len(ray.nodes())} node(s). Lower `num_workers`, "
-            "`cpus_per_worker` or `gpus_per_worker`, or add nodes."
-        )
 
 
 class JobFailed(RuntimeError):

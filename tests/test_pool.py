@@ -12,8 +12,9 @@ import pytest
 import ray
 
 from e2lora.broker import Job
+from e2lora.cluster import slots
 from e2lora.config import GroupSpec
-from e2lora.pool import JobFailed, Pool, slots
+from e2lora.pool import JobFailed, Pool
 from e2lora.records import TrialFolder
 from e2lora.search.plans import Plans
 from tests.small import small_trial

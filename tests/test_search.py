@@ -139,7 +139,13 @@ def test_study_runs_to_its_end_and_stands_the_same_everywhere(undisturbed: Path)
         assert {"accuracy", "adapter_parameters"} <= set(child.data.metrics)
         assert {"topology", "model", "task", "seed", "plan_fingerprint"} <= set(child.data.tags)
     log = (undisturbed / "log.txt").read_text()
-    for said in ("4 of 4 trials complete", "report.html", "mlflow ui", "2 worker group(s)", "trial   3"):
+    for said in (
+        "4 of 4 trials complete",
+        "report.html",
+        "mlflow ui",
+        "2 worker group(s)",
+        "trial   3",
+    ):
         assert said in log
 
 

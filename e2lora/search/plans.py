@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from e2lora.broker import Job
+from e2lora.cluster import require_fits
 from e2lora.config import (
     AdapterConfig,
     GroupSpec,
@@ -24,7 +25,7 @@ from e2lora.models import find_targets, load_structure
 from e2lora.moments import GradientProfile, Target
 from e2lora.partition import NEEDS_PROFILE
 from e2lora.plan import SharingPlan, build_plan
-from e2lora.pool import Pool, require_fits
+from e2lora.pool import Pool
 from e2lora.records import StudyFolder
 from e2lora.tasks import Task, load_task
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,8 +10,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from e2lora.cluster import HEAD, require_shared_storage, slots
 from e2lora.config import GroupSpec, Study, TrialConfig
-from e2lora.pool import HEAD, Pool, slots
+from e2lora.pool import Pool
 from e2lora.records import StudyFolder, StudyRecord, write_json
 from e2lora.report import render_report
 from e2lora.search.plans import Plans, configurations_of_points, require_declared
@@ -141,51 +141,12 @@ def _record_of(study: Study, space: str, folder: StudyFolder) -> StudyRecord:
 
 def _preflight(study: Study, plans: Plans, folder: StudyFolder) -> list[TrialConfig]:
     """Check all that can be checked before a worker starts; the points' configurations."""
-    _require_shared_storage(folder.path)
+    require_shared_storage(folder.path)
     configs = configurations_of_points(study)
     require_declared(study, configs)
     for config in configs:
         plans.check(config)
     return configs
-
-
-def _require_shared_storage(path: Path) -> None:
-    """With several nodes, what one writes the others must see.
-
-    Raises:
-        ValueError: naming the nodes that don't.
-    """
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    if len(nodes) < 2:
-        return
-    token = path / f".shared-{os.getpid()}"
-    token.touch()
-
-    @ray.remote(num_cpus=0)
-    def sees(file: str) -> bool:
-        return os.path.exists(file)
-
-    try:
-        seen = ray.get(
-            [
-                sees.options(
-                    scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-                ).remote(str(token))
-                for node in nodes
-            ],
-            timeout=60,
-        )
-    finally:
-        token.unlink()
-    blind = [node["NodeManagerAddress"] for node, ok in zip(nodes, seen, strict=True) if not ok]
-    if blind:
-        raise ValueError(
-            f"on several nodes, all must share the storage path; {path} isn't seen from "
-            f"{', '.join(blind)}. Give --storage a folder on a shared file system (NFS, EFS, …)."
-        )
 
 
 def _opening(
