@@ -86,7 +86,7 @@ class Broker:
         self._states: dict[str, _State] = {}
         self._queue: deque[str] = deque()
         self._incarnations: dict[str, int] = {}
-        self._heard: dict[str, float] = {}  # group → when it last spoke
+        self._heard: dict[str, float] = {}  # group → when it last spoke, in whatever way
         self._retiring: set[str] = set()
         self._closed = False
 
@@ -125,9 +125,7 @@ class Broker:
         """A group (re)started: whatever it held before is lost. Returns its incarnation."""
         self._incarnations[group] = self._incarnations.get(group, 0) + 1
         self._heard[group] = self._clock()
-        for state in self._states.values():
-            if state.group == group:
-                self._lose(state, f"its worker group {group} died")
+        self._lose_all_of(group, f"its worker group {group} died")
         return self._incarnations[group]
 
     def next_attempt(self, group: str, incarnation: int, spec: GroupSpec) -> Attempt | str | None:
@@ -138,6 +136,7 @@ class Broker:
             return "retire"
         if self._incarnations.get(group) != incarnation:
             return "retire"  # another start of this group has taken its place
+        self._lose_all_of(group, f"{group} left it")
         for key in self._queue:
             state = self._states[key]
             if state.job.spec == spec:
@@ -177,6 +176,14 @@ class Broker:
         """The attempt raised. That is the job's own failure and is not tried again."""
         return self._end(token, None, error)
 
+    def lose(self, token: str, why: str) -> bool:
+        """The attempt broke for a reason that need not be the job's own; it is tried again."""
+        state = self._holder(token)
+        if state is None:
+            return False
+        self._lose(state, why)
+        return True
+
     # ---- the pool -----------------------------------------------------------------------------
 
     def demand(self) -> dict[GroupSpec, int]:
@@ -197,7 +204,7 @@ class Broker:
         self._retiring.add(group)
 
     def silences(self) -> dict[str, float]:
-        """Seconds since each group that ever came up has joined or asked for work."""
+        """Seconds since each group that ever came up last spoke."""
         return {group: self._clock() - heard for group, heard in self._heard.items()}
 
     def close(self) -> None:
@@ -215,12 +222,19 @@ class Broker:
 
     def _renew(self, state: _State) -> None:
         state.lease_until = self._clock() + self._lease_seconds
+        if state.group:
+            self._heard[state.group] = self._clock()
 
     def _expire(self) -> None:
         now = self._clock()
         for state in self._states.values():
             if state.token and state.lease_until < now:
                 self._lose(state, f"it gave no sign of life for {self._lease_seconds:.0f} s")
+
+    def _lose_all_of(self, group: str, why: str) -> None:
+        for state in self._states.values():
+            if state.group == group:
+                self._lose(state, why)
 
     def _lose(self, state: _State, why: str) -> None:
         if state.token is None:
@@ -236,6 +250,7 @@ class Broker:
         state = self._holder(token)
         if state is None:
             return False
+        self._renew(state)
         state.token = state.group = None
         state.result, state.error = result, error
         state.version += 1

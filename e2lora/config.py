@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 class Frozen(BaseModel):
     """Base of every artefact and configuration: immutable, and strict about its keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     def fingerprint(self) -> str:
         """Sixteen hex digits that depend on every field, independent of field order."""

@@ -143,6 +143,7 @@ def measure_moments(
     loss_sum: LossSum,
     num_supervised: int,
     group: Any = None,
+    on_batch: Callable[[], None] = lambda: None,
 ) -> tuple[list[LayerGradient], float, Literal["blocks", "accumulators"]]:
     """Moments of ∂(mean loss)/∂W for every target, exact for the sum over all microbatches.
 
@@ -152,6 +153,7 @@ def measure_moments(
         num_supervised: samples (tokens) of all microbatches of all workers; the loss is divided
             by it once, so the result depends on neither microbatch size nor number of workers.
         group: process group of all workers, or None for one.
+        on_batch: called after each microbatch, to show that the worker lives.
 
     Returns:
         One entry per target, the mean loss, and the method used (see the module docstring).
@@ -164,6 +166,7 @@ def measure_moments(
             if loss.requires_grad:  # else it reaches no target: σ = 0, see require_usable
                 loss.backward()
             total += loss.detach().double().cpu()
+            on_batch()
     if group is not None:
         dist.all_reduce(total, group=group)
     method: Literal["blocks", "accumulators"] = (

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,19 @@ def reset_head(model: Any, head: Sequence[str], seed: int) -> None:
                     nn.init.zeros_(module.bias)
             elif hasattr(module, "reset_parameters"):
                 module.reset_parameters()
+
+
+@contextmanager
+def in_float32(model: nn.Module) -> Iterator[None]:
+    """Hold narrower parameters in float32 for a while; then they are bit for bit as before."""
+    narrow = [(p, p.dtype) for p in model.parameters() if p.dtype in (torch.bfloat16, torch.half)]
+    for parameter, _ in narrow:
+        parameter.data = parameter.data.float()
+    try:
+        yield
+    finally:
+        for parameter, dtype in narrow:
+            parameter.data = parameter.data.to(dtype)
 
 
 def weights_fingerprint(model: nn.Module, skip: Sequence[str] = ()) -> str:

@@ -129,7 +129,7 @@ def _moments_by_path(
     if profile is None:
         raise ValueError(
             f"topology {topology!r} partitions by gradients and needs a gradient profile; "
-            "none was given. Measure one with `e2lora.gradients.measure_profile`."
+            "none was given. Measure one with `e2lora.profile.measure_profile`."
         )
     known = {entry.target: entry for entry in profile.layers}
     missing = [target.path for target in targets if target not in known]

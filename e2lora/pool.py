@@ -8,9 +8,11 @@ only another kind is wanted, so no kind is ever held while waiting for another.
 from __future__ import annotations
 
 import asyncio
+import queue
 import threading
 import time
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +67,9 @@ class BrokerActor:
     async def fail(self, token: str, error: str) -> bool:
         return self._broker.fail(token, error)
 
+    async def lose(self, token: str, why: str) -> bool:
+        return self._broker.lose(token, why)
+
     async def demand(self) -> tuple[dict[GroupSpec, int], set[str], dict[str, float]]:
         """Jobs waiting by kind, the groups at work, and for how long each was silent."""
         return self._broker.demand(), self._broker.busy_groups(), self._broker.silences()
@@ -95,7 +100,6 @@ class Pool:
         name: of the study; part of the broker's name, so that studies don't meet.
         storage: a folder that all nodes share; Ray Train's own files go below it.
         isolated: every job gets a fresh group.
-        warm: start every group of this kind that fits at once, ahead of its jobs.
         lease_seconds: an attempt without a sign of life for so long is lost.
         start_seconds: when no group has come up for so long, that is an error and not a wait.
     """
@@ -105,29 +109,26 @@ class Pool:
         name: str,
         storage: Path,
         isolated: bool = False,
-        warm: GroupSpec | None = None,
         lease_seconds: float = 600.0,
         start_seconds: float = 300.0,
     ) -> None:
         import ray
 
         self.broker_name = f"e2lora-broker-{name}-{uuid.uuid4().hex[:6]}"
-        self._storage, self._isolated, self._start_seconds = storage, isolated, start_seconds
+        self._storage, self._isolated = storage, isolated
+        self._lease_seconds, self._start_seconds = lease_seconds, start_seconds
         actor: Any = ray.remote(BrokerActor)
         self.broker: Any = actor.options(
             name=self.broker_name, num_cpus=0, resources=HEAD, max_concurrency=1000
         ).remote(lease_seconds)
         self._groups: dict[str, _Group] = {}  # of the manager's thread, until that has ended
         self._started = 0
-        self._warm = warm
+        self._wanted_early: queue.SimpleQueue[GroupSpec] = queue.SimpleQueue()
         self._closing = threading.Event()
         self._manager = threading.Thread(target=self._manage, daemon=True)
         self.error: BaseException | None = None
 
     def __enter__(self) -> Pool:
-        if self._warm:
-            for _ in range(slots(self._warm)):
-                self._start(self._warm)
         self._manager.start()
         return self
 
@@ -136,11 +137,17 @@ class Pool:
 
         self._closing.set()
         self._manager.join()
-        ray.get(self.broker.close.remote())
+        with suppress(ray.exceptions.RayActorError):  # a dead broker isn't what is told
+            ray.get(self.broker.close.remote())
         deadline = time.monotonic() + (30.0 if self.error is None else 0.0)
         for group in self._groups.values():
             group.thread.join(max(0.0, deadline - time.monotonic()))
         ray.kill(self.broker)
+
+    def warm(self, spec: GroupSpec, num_groups: int) -> None:
+        """Start so many groups of a kind at once, ahead of their jobs."""
+        for _ in range(num_groups):
+            self._wanted_early.put(spec)
 
     def run(self, job: Job) -> dict[str, Any]:
         """Submit one job and wait for its result.
@@ -174,6 +181,8 @@ class Pool:
 
         try:
             while not self._closing.wait(0.25):
+                while not self._wanted_early.empty():
+                    self._start(self._wanted_early.get())
                 demand, busy, silences = ray.get(self.broker.demand.remote())
                 self._groups = {n: g for n, g in self._groups.items() if g.thread.is_alive()}
                 self._require_some_awake(busy, silences)
@@ -240,6 +249,7 @@ class Pool:
                 "name": name,
                 "spec": spec.model_dump(),
                 "max_jobs": 1 if self._isolated else None,
+                "lease_seconds": self._lease_seconds,
             },
             torch_config=TorchConfig(backend="nccl" if spec.gpus_per_worker else "gloo"),
             scaling_config=ScalingConfig(
@@ -270,4 +280,5 @@ def _group_loop(config: dict[str, Any]) -> None:
         broker = ray.get_actor(config["broker"])
     except ValueError:  # the pool closed before this group came up
         return
-    serve(broker, config["name"], GroupSpec(**config["spec"]), config["max_jobs"])
+    spec = GroupSpec(**config["spec"])
+    serve(broker, config["name"], spec, config["max_jobs"], config["lease_seconds"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
@@ -10,15 +11,22 @@ import torch.distributed as dist
 from e2lora.config import TrialConfig
 from e2lora.data import calibration_rows, microbatches_of
 from e2lora.gradients import measure_moments
-from e2lora.models import Base, find_targets, reset_head
+from e2lora.models import Base, find_targets, in_float32, reset_head
 from e2lora.moments import GradientProfile, Provenance
 from e2lora.tasks import TrialData
 
 
 def measure_profile(
-    base: Base, data: TrialData, config: TrialConfig, group: Any = None
+    base: Base,
+    data: TrialData,
+    config: TrialConfig,
+    group: Any = None,
+    on_batch: Callable[[], None] = lambda: None,
 ) -> GradientProfile:
-    """The gradient profile of a model on a task, for the trial's seed and target modules."""
+    """The gradient profile of a model on a task, for the trial's seed and target modules.
+
+    Forward and backward run in float32 whatever the weights are stored in.
+    """
     rank, world = (dist.get_rank(group), dist.get_world_size(group)) if group else (0, 1)
     calibration, task = config.plan.calibration, data.task
     reset_head(base.model, base.head, config.seed)
@@ -35,9 +43,10 @@ def measure_profile(
         }
         for i in range(0, len(mine), size)
     ]
-    layers, mean_loss, method = measure_moments(
-        base.model, targets, batches, task.loss_sum, task.num_supervised(rows), group
-    )
+    with in_float32(base.model):
+        layers, mean_loss, method = measure_moments(
+            base.model, targets, batches, task.loss_sum, task.num_supervised(rows), group, on_batch
+        )
     return GradientProfile(
         layers=tuple(layers),
         provenance=Provenance(

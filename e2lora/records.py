@@ -128,12 +128,28 @@ class StudyFolder:
 
 
 def write_json(file: Path, value: BaseModel | Any) -> None:
+    """Write a record as JSON, see :func:`write_text`."""
+    if isinstance(value, BaseModel):
+        write_text(file, value.model_dump_json(indent=1) + "\n")
+    else:
+        write_text(file, json.dumps(value, indent=1) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
     """Write atomically: a reader, or a crash, sees the old file or the whole new one."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(value, BaseModel):
-        text = value.model_dump_json(indent=1)
-    else:
-        text = json.dumps(value, indent=1)
     partial = file.with_name(f".{file.name}.{os.getpid()}")
-    partial.write_text(text + "\n")
+    with partial.open("w", encoding="utf-8") as out:
+        out.write(text)
+        out.flush()
+        os.fsync(out.fileno())
     os.replace(partial, file)
+
+
+def is_thrown_away(folder: Path) -> bool:
+    """Whether a folder is the passing copy that Ray makes of a submitted job's working directory.
+
+    >>> is_thrown_away(Path("/tmp/ray/session/runtime_resources/working_dir_files/_ray_pkg_1"))
+    True
+    """
+    return {"runtime_resources", "working_dir_files"} <= set(folder.parts)

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
 
 from e2lora.config import TrialConfig
-from e2lora.records import StudyFolder, StudyRecord, TrialFolder
+from e2lora.records import StudyFolder, StudyRecord, TrialFolder, is_thrown_away
 
 if TYPE_CHECKING:  # importing mlflow costs more than a second
     from mlflow import MlflowClient
@@ -61,9 +61,7 @@ def default_tracking_uri(storage: Path) -> str:
     if uri := os.environ.get("MLFLOW_TRACKING_URI"):
         return uri
     here = Path.cwd()
-    # SESSION/runtime_resources/working_dir_files/_ray_pkg_HASH (ray/_private/runtime_env)
-    thrown_away = {"runtime_resources", "working_dir_files"} <= set(here.parts)
-    return f"sqlite:///{(storage.absolute() if thrown_away else here) / 'mlflow.db'}"
+    return f"sqlite:///{(storage.absolute() if is_thrown_away(here) else here) / 'mlflow.db'}"
 
 
 @dataclass

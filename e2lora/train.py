@@ -7,6 +7,7 @@ resumed trial, one on a used group and one in a fresh process give the same numb
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,8 @@ from e2lora.models import Base, reset_head
 from e2lora.plan import SharingPlan
 from e2lora.records import Evaluation, TrialFolder
 from e2lora.tasks import TrialData
+
+CHECKPOINT_TRIES = 30  # one a second
 
 
 class TrialStopped(Exception):
@@ -122,7 +125,7 @@ class _Run:
         return TrainedTrial(self.losses, self.evaluations, adapter_parameters, head_parameters)
 
     def _resume(self) -> int:
-        state = load_checkpoint(self.folder.checkpoints, self.identity)
+        state = self._agreed_checkpoint()
         if state is None:
             return 0
         self.engine.restore(state.tensors, state.step)
@@ -131,6 +134,22 @@ class _Run:
         for evaluation in self.evaluations:  # the study may not have heard of the last ones
             self.reports.on_evaluation(evaluation, self.outcomes)
         return state.step
+
+    def _agreed_checkpoint(self) -> TrainState | None:
+        """The newest state, the same one on every worker: a shared disk may lag on some nodes."""
+        for _ in range(CHECKPOINT_TRIES):
+            state = load_checkpoint(self.folder.checkpoints, self.identity)
+            if self.group is None:
+                return state
+            steps: list[Any] = [None] * dist.get_world_size(self.group)
+            dist.all_gather_object(steps, state and state.step, group=self.group)
+            if len(set(steps)) == 1:
+                return state
+            time.sleep(1.0)
+        raise RuntimeError(
+            f"all workers must see the same newest checkpoint; they see steps {steps} in "
+            f"{self.folder.checkpoints}. Is the storage path one that all nodes share?"
+        )
 
     def _train_step(self, step: int) -> None:
         config, training = self.config, self.config.training

@@ -7,9 +7,13 @@ idle, that broadcast is the heartbeat that keeps collectives from timing out.
 
 from __future__ import annotations
 
+import os
+import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -69,38 +73,45 @@ class Link:
         self.rank = dist.get_rank(group) if group else 0
         self._last_sign = 0.0
         self._wanted = True
+        self.last_moved = time.monotonic()
 
     def call(self, method: str, *arguments: Any) -> Any:
         """Ask the broker on worker 0; every worker gets the answer. Collective."""
-        return self.echo(self._ask(method, *arguments) if self.rank == 0 else None)
+        return self._echo(self.tell(method, *arguments) if self.rank == 0 else None)
 
-    def echo(self, value: Any) -> Any:
+    def tell(self, method: str, *arguments: Any) -> Any:
+        """Ask the broker, from this worker alone; without a broker: stop, and retire."""
+        import ray
+
+        while True:
+            try:
+                return ray.get(getattr(self._broker, method).remote(*arguments))
+            except ray.exceptions.ActorUnavailableError:
+                time.sleep(1.0)  # the network, for a moment
+            except ray.exceptions.RayActorError:
+                return "retire" if method == "next_attempt" else False
+
+    def _echo(self, value: Any) -> Any:
+        self.last_moved = time.monotonic()
         if self._group is None:
             return value
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self._group)
+        self.last_moved = time.monotonic()
         return box[0]
-
-    def _ask(self, method: str, *arguments: Any) -> Any:
-        """The broker's answer; without a broker nobody waits any more, so: stop, and retire."""
-        import ray
-
-        try:
-            return ray.get(getattr(self._broker, method).remote(*arguments))
-        except ray.exceptions.RayActorError:
-            return "retire" if method == "next_attempt" else False
 
     def reports(self, token: str) -> Reports:
         """How the trial of this attempt speaks."""
 
         def alive(step: int | None = None) -> None:
-            if self.rank == 0 and time.monotonic() - self._last_sign > SIGN_OF_LIFE_SECONDS:
-                self._last_sign = time.monotonic()
-                self._wanted = self._ask("alive", token, step)
+            now = self.last_moved = time.monotonic()
+            if self.rank == 0 and now - self._last_sign > SIGN_OF_LIFE_SECONDS:
+                self._last_sign = now
+                self._wanted = self.tell("alive", token, step)
 
         def on_step(step: int) -> None:
             alive(step)
-            if not self.echo(self._wanted):
+            if not self._echo(self._wanted):
                 raise TrialStopped(token)
 
         def on_evaluation(evaluation: Evaluation, outcomes: list[float]) -> None:
@@ -110,45 +121,84 @@ class Link:
         self._last_sign, self._wanted = 0.0, True
         return Reports(alive=alive, on_step=on_step, on_evaluation=on_evaluation)
 
+    @contextmanager
+    def kept_alive(self, reports: Reports) -> Iterator[None]:
+        """Signs of life from beside, while models and data are fetched: that has no steps."""
+        over = threading.Event()
 
-def run_trial_job(
-    resident: Resident, attempt: Attempt, reports: Reports, group: Any
-) -> dict[str, Any]:
-    """Payload: ``folder`` of the trial, which holds trial.json and plan.json."""
-    started = time.monotonic()
-    folder = TrialFolder(Path(attempt.job.payload["folder"]))
-    config, plan = folder.config(), folder.plan()
-    base, data = resident.load(config)
-    reports.on_step(0)
-    trained = run_trial(base, data, plan, config, folder, reports, group)
+        def beat() -> None:
+            while not over.wait(5 * SIGN_OF_LIFE_SECONDS):
+                reports.alive()
+
+        beater = threading.Thread(target=beat, daemon=True)
+        beater.start()
+        try:
+            yield
+        finally:
+            over.set()
+            beater.join()
+
+    def watch(self, limit: float) -> None:
+        """End this process once it hasn't moved for ``limit`` seconds: Ray replaces the group."""
+
+        def look() -> None:
+            while time.monotonic() - self.last_moved < limit:
+                time.sleep(min(5.0, limit / 4))
+            print(f"no movement for {limit:.0f} s: this worker ends itself", flush=True)
+            os._exit(1)
+
+        threading.Thread(target=look, daemon=True).start()
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a job's function is given."""
+
+    base: Base
+    data: TrialData
+    config: TrialConfig
+    payload: dict[str, str]
+    reports: Reports
+    group: Any
+
+
+def run_trial_job(work: Work) -> dict[str, Any]:
+    """Payload: ``folder`` of the trial, which holds its plan.json."""
+    folder = TrialFolder(Path(work.payload["folder"]))
+    plan = folder.plan()
+    measured_on = plan.measured_on.model_fingerprint if plan.measured_on else None
+    if measured_on not in (None, work.base.fingerprint):
+        raise ValueError(
+            "a plan belongs to the weights its profile was measured on; this one was measured on "
+            f"{measured_on}, the model {work.config.model.name!r} now has {work.base.fingerprint}. "
+            "Remove the study's profiles folder to measure again, or restore the weights."
+        )
+    trained = run_trial(work.base, work.data, plan, work.config, folder, work.reports, work.group)
     return {
         "metrics": trained.evaluations[-1].metrics,
         "losses": trained.losses,
         "adapter_parameters": trained.adapter_parameters,
         "head_parameters": trained.head_parameters,
-        "seconds": time.monotonic() - started,
     }
 
 
-def run_profile_job(
-    resident: Resident, attempt: Attempt, reports: Reports, group: Any
-) -> dict[str, Any]:
-    """Payload: ``config``, a TrialConfig as JSON, and the ``file`` to write the profile to."""
-    config = TrialConfig.model_validate_json(attempt.job.payload["config"])
-    base, data = resident.load(config)
-    profile = measure_profile(base, data, config, group)
-    if not group or dist.get_rank(group) == 0:
-        write_json(Path(attempt.job.payload["file"]), profile)
+def run_profile_job(work: Work) -> dict[str, Any]:
+    """Payload: the ``file`` to write the profile to."""
+    profile = measure_profile(work.base, work.data, work.config, work.group, work.reports.alive)
+    if not work.group or dist.get_rank(work.group) == 0:
+        write_json(Path(work.payload["file"]), profile)
     return {"mean_loss": profile.provenance.mean_loss}
 
 
-JOBS: dict[str, Callable[[Resident, Attempt, Reports, Any], dict[str, Any]]] = {
+JOBS: dict[str, Callable[[Work], dict[str, Any]]] = {
     "trial": run_trial_job,
     "profile": run_profile_job,
 }
 
 
-def serve(broker: Any, name: str, spec: GroupSpec, max_jobs: int | None) -> None:
+def serve(
+    broker: Any, name: str, spec: GroupSpec, max_jobs: int | None, lease_seconds: float
+) -> None:
     """Serve jobs until told to retire, or ``max_jobs`` are done. Runs on every worker.
 
     A job that raises is reported as failed. With one worker the group goes on; with several the
@@ -160,6 +210,7 @@ def serve(broker: Any, name: str, spec: GroupSpec, max_jobs: int | None) -> None
     dtype = torch.bfloat16 if spec.precision == "bf16" else torch.float32
     group = dist.new_group(backend="gloo") if spec.num_workers > 1 else None
     resident, link, done = Resident(dtype, device), Link(broker, group), 0
+    link.watch(lease_seconds)
     incarnation = link.call("join", name)
     while max_jobs is None or done < max_jobs:
         attempt = link.call("next_attempt", name, incarnation, spec)
@@ -168,21 +219,37 @@ def serve(broker: Any, name: str, spec: GroupSpec, max_jobs: int | None) -> None
         if attempt is None:
             continue  # the broker waited a while before it said so
         try:
-            work = JOBS[attempt.job.kind]
-            result = work(resident, attempt, link.reports(attempt.token), group)
-            link.call("complete", attempt.token, result)
+            link.call("complete", attempt.token, _work_on(attempt, resident, link, group))
         except TrialStopped:
             pass
         except Exception as error:
-            link._ask("fail", attempt.token, _explain(error))
+            traceback.print_exc()
+            own = group is None or isinstance(error, OWN_FAULTS)
+            link.tell("fail" if own else "lose", attempt.token, _explain(error))
             if group or device.type == "cuda":
                 raise
         resident.drop_changed_base()
         done += 1
 
 
+def _work_on(attempt: Attempt, resident: Resident, link: Link, group: Any) -> dict[str, Any]:
+    """Run one job; ``seconds`` leave out what was loaded for it."""
+    reports, payload = link.reports(attempt.token), attempt.job.payload
+    config = TrialConfig.model_validate_json(payload["config"])
+    with link.kept_alive(reports):
+        base, data = resident.load(config)
+    reports.on_step(0)
+    started = time.monotonic()
+    result = JOBS[attempt.job.kind](Work(base, data, config, payload, reports, group))
+    return {**result, "seconds": time.monotonic() - started}
+
+
+OWN_FAULTS = (ValueError, FloatingPointError, FileNotFoundError)
+"""Errors that every worker of a group would raise again; others may come from a lost worker."""
+
+
 def _explain(error: Exception) -> str:
     """A user's error as its message; anything else with its traceback."""
-    if isinstance(error, ValueError | FloatingPointError | OSError):
-        return str(error)
+    if isinstance(error, OWN_FAULTS):
+        return str(error) or repr(error)
     return "".join(traceback.format_exception(error)).strip()

@@ -25,8 +25,9 @@ def data_folder(name: str) -> str:
 
 def model_folder(name: str) -> str:
     """A model of ``E2LORA_MODELS`` (default: the user's cache); skips, counted, if absent."""
-    root = Path(os.environ.get("E2LORA_MODELS", Path.home() / ".cache" / "e2lora-models"))
-    return _found(root / name)
+    beside, cache = ROOT.parent / "shared" / "models", Path.home() / ".cache" / "e2lora-models"
+    default = beside if (beside / name).exists() else cache
+    return _found(Path(os.environ.get("E2LORA_MODELS", default)) / name)
 
 
 def _found(path: Path) -> str:
@@ -37,9 +38,8 @@ def _found(path: Path) -> str:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    line = f"{len(LACKING)} test(s) skipped for lack of further data or models"
     if LACKING:
         names = ", ".join(sorted({Path(path).name for path in LACKING}))
-        terminalreporter.write_line(
-            f"{len(LACKING)} test(s) skipped for lack of further data or models ({names}): "
-            "set E2LORA_DATA and E2LORA_MODELS to the folders that hold them."
-        )
+        line += f" ({names}): set E2LORA_DATA and E2LORA_MODELS to the folders that hold them"
+    terminalreporter.write_line(f"{line}.")

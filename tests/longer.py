@@ -1,7 +1,11 @@
-"""Three equal trials, long enough that one can be killed half-way and compared with the others."""
+"""Equal trials, long enough that one can be killed half-way and compared with the others.
+
+``E2LORA_TEST_WORKERS`` sets how many workers each has.
+"""
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +15,10 @@ from tests import small
 
 def space(trial: Any) -> TrialConfig:
     trial.suggest_int("copy", 0, 2)
-    return small.small_trial("blocks", block_size=3, max_steps=60, eval_every=10)
+    workers = int(os.environ.get("E2LORA_TEST_WORKERS", "1"))
+    return small.small_trial(
+        "blocks", block_size=3, max_steps=60, eval_every=10, num_workers=workers
+    )
 
 
 study = replace(

@@ -294,6 +294,21 @@ def test_demand_counts_the_jobs_that_come_back(broker: Broker, clock: Clock) -> 
     assert broker.demand() == {SPEC: 1, WIDE: 1}
 
 
+def test_group_is_heard_while_it_works_and_when_it_ends_a_long_job() -> None:
+    clock = Clock()
+    broker = Broker(lease_seconds=LEASE, clock=clock)
+    broker.submit(job("a", SPEC))
+    attempt = broker.next_attempt("g1", broker.join("g1"), SPEC)
+    assert isinstance(attempt, Attempt)
+    for _ in range(40):
+        clock.now += LEASE - 1
+        assert broker.alive(attempt.token)
+        assert broker.silences() == {"g1": 0.0}
+    clock.now += LEASE - 1
+    assert broker.complete(attempt.token, {})
+    assert broker.silences() == {"g1": 0.0}
+
+
 # ---- any order of events ----------------------------------------------------------------------
 
 KEYS = ("a", "b", "c/d")
@@ -326,6 +341,11 @@ class Protocol(RuleBasedStateMachine):
         else:
             self.waiting.insert(0, key)
 
+    def lose_all_of(self, group: str) -> None:
+        for key in self.submitted:
+            if key in self.held and self.held[key][1] == group:
+                self.lose(key)
+
     def accepted(self, token: str) -> str | None:
         """The job for which the broker must accept a token now; its lease is renewed."""
         for key, (newest, group, _) in self.held.items():
@@ -344,9 +364,7 @@ class Protocol(RuleBasedStateMachine):
 
     @rule(group=st.sampled_from(GROUPS))
     def group_starts(self, group: str) -> None:
-        for key in self.submitted:
-            if key in self.held and self.held[key][1] == group:
-                self.lose(key)
+        self.lose_all_of(group)
         self.incarnations[group] = self.broker.join(group)
 
     @rule(
@@ -358,8 +376,11 @@ class Protocol(RuleBasedStateMachine):
     def group_asks(self, group: str, age: int, spec: GroupSpec) -> Any:
         incarnation = self.incarnations.get(group, 0) - age
         answer = self.broker.next_attempt(group, incarnation, spec)
+        retires = age or group not in self.incarnations or group in self.retired
+        if not retires:  # who asks for work holds none
+            self.lose_all_of(group)
         fitting = [key for key in self.waiting if SPECS[key] == spec]
-        if age or group not in self.incarnations or group in self.retired:
+        if retires:
             assert answer == "retire"
         elif not fitting:
             assert answer is None
@@ -398,6 +419,13 @@ class Protocol(RuleBasedStateMachine):
         if key is not None:
             del self.held[key]
             self.ended[key] = "failed"
+
+    @rule(token=consumes(tokens))
+    def break_down(self, token: str) -> None:
+        key = self.accepted(token)
+        assert self.broker.lose(token, "a neighbour died") == (key is not None)
+        if key is not None:
+            self.lose(key)
 
     @rule(seconds=st.sampled_from([1.0, 6.0, LEASE + 1]))
     def time_passes(self, seconds: float) -> None:

@@ -41,7 +41,8 @@ def trial_job(folder: Path, number: int, **training: object) -> Job:
     write_json(place.plan_file, build_plan(plans.targets(config), config.plan))
     write_json(place.config_file, config)
     spec = GroupSpec.of(config.training)
-    return Job(f"trial-{number:05d}", "trial", spec, {"folder": str(place.path)})
+    payload = {"config": config.model_dump_json(), "folder": str(place.path)}
+    return Job(f"trial-{number:05d}", "trial", spec, payload)
 
 
 def test_number_of_groups_follows_from_the_cluster() -> None:
@@ -73,9 +74,11 @@ def test_kinds_follow_one_another_and_a_failed_job_leaves_its_group_usable(
     tmp_path: Path,
 ) -> None:
     """One worker, then two on the same CPUs; two workers give the numbers of one."""
+    good = trial_job(tmp_path, 0)
+    lacking = {**good.payload, "folder": str(tmp_path / "absent" / "00009")}
     jobs = [
-        trial_job(tmp_path, 0),
-        Job("trial-00009", "trial", ONE, {"folder": str(tmp_path / "absent" / "00009")}),
+        good,
+        Job("trial-00009", "trial", ONE, lacking),
         trial_job(tmp_path, 1),
         trial_job(tmp_path, 2, num_workers=2, zero_stage=2),
     ]
@@ -96,6 +99,6 @@ def test_kinds_follow_one_another_and_a_failed_job_leaves_its_group_usable(
             thread.join(240)
     one, failed, again, two = (ended[job.key] for job in jobs)
     assert isinstance(failed, str)
-    assert "trial.json" in failed
+    assert "plan.json" in failed
     assert again["losses"] == one["losses"]
     assert two["losses"] == pytest.approx(one["losses"], abs=2e-5)

@@ -13,7 +13,7 @@ import pytest
 import ray
 from filelock import FileLock
 
-from e2lora.config import Study, TrialConfig
+from e2lora.config import CalibrationConfig, Objective, Study, TrialConfig
 from e2lora.search.entry import run_command
 from tests.small import small_trial, study
 
@@ -89,6 +89,12 @@ FAULTS: dict[str, tuple[Callable[[Path], TrialConfig], tuple[str, ...]]] = {
         lambda _: small_trial(num_workers=4),
         ("4 worker(s)", "2 CPU", "num_workers"),
     ),
+    "more calibration samples than rows": (
+        lambda _: with_part(
+            small_trial("e2"), "plan", calibration=CalibrationConfig(num_samples=10**6)
+        ),
+        ("num_samples=1000000", "Lower"),
+    ),
     "a GPU where there is none": (
         lambda _: small_trial(gpus_per_worker=1),
         ("1 GPU", "gpus_per_worker"),
@@ -131,6 +137,32 @@ def test_unknown_space_is_refused(
 ) -> None:
     assert run_command(space, None, tmp_path, None, isolated=False) == 2
     assert named in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("with_points", [True, False])
+def test_objective_that_no_task_reports_is_refused(
+    with_points: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    space = types.ModuleType("faulty_space")
+    space.study = replace(  # type: ignore[attr-defined]
+        study,
+        objectives=(Objective(name="f1", direction="maximize"),),
+        points=study.points if with_points else (),
+    )
+    monkeypatch.setitem(sys.modules, "faulty_space", space)
+    assert run_command("faulty_space", None, tmp_path, None, isolated=False) == 2
+    assert "'f1'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["a/b", "../up", "", " "])
+def test_study_name_that_is_no_name_is_refused(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command("tests.small", None, tmp_path, name or "/", isolated=False) == 2
+    assert "--study" in capsys.readouterr().err
 
 
 def test_tracking_server_that_does_not_answer_is_refused(

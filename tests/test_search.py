@@ -159,7 +159,13 @@ def test_same_command_again_runs_nothing_and_more_trials_extend(undisturbed: Pat
     require_whole(undisturbed, study, num_trials=5)
 
 
-def test_killed_worker_costs_an_attempt_and_changes_no_number(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "num_workers", [1, pytest.param(2, marks=pytest.mark.slow)], ids=["alone", "one-of-two"]
+)
+def test_killed_worker_costs_an_attempt_and_changes_no_number(
+    num_workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("E2LORA_TEST_WORKERS", str(num_workers))
     command = Command(tmp_path, space="tests.longer")
     first = command.folder.trial(0)
     command.wait_until(lambda: len(first.evaluations()) >= 2)  # past a checkpoint, before the end

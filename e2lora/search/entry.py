@@ -6,10 +6,12 @@ import importlib
 import logging
 import os
 import pkgutil
+import re
 import sys
 from pathlib import Path
 
 from e2lora.config import Study, in_one_paragraph
+from e2lora.records import is_thrown_away
 
 QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
@@ -32,31 +34,42 @@ def run_command(
         os.environ.setdefault(variable, value)
     try:
         study = find_study(space)
-        _require_positive(num_trials)
+        name = name or space.rpartition(".")[2]
+        _require_usable(name, num_trials)
         _connect()
         from e2lora.search.study import run_study
 
         outcome = run_study(
             study,
             space,
-            name or space.rpartition(".")[2],
+            name,
             storage or default_storage(),
             num_trials,
             isolated,
         )
-    except (ValueError, OSError, RuntimeError) as error:
+    except Exception as error:
+        if not _is_for_users(error):
+            raise
         print(f"error: {in_one_paragraph(error)}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         print("interrupted: the same command with the same --study goes on", file=sys.stderr)
         return 130
-    if outcome.interrupted:
+    if outcome.unfinished:
         print(
-            "interrupted: finished trials are kept; the same command with "
+            "unfinished: ended trials are kept; the same command with "
             f"--study {outcome.folder.name} goes on",
             flush=True,
         )
     return outcome.exit_code
+
+
+def _is_for_users(error: Exception) -> bool:
+    """Errors that tell what to do, and what Ray says of a cluster that broke; not our own bugs."""
+    from ray.exceptions import RayError
+    from ray.tune.error import TuneError
+
+    return isinstance(error, ValueError | OSError | RuntimeError | RayError | TuneError)
 
 
 def find_study(space: str) -> Study:
@@ -93,10 +106,15 @@ def _shipped() -> list[str]:
 def default_storage() -> Path:
     """``results`` here; for a submitted job, whose folder is a passing copy, in the home folder."""
     here = Path.cwd()
-    return Path.home() / "e2lora-results" if "runtime_resources" in here.parts else here / "results"
+    return Path.home() / "e2lora-results" if is_thrown_away(here) else here / "results"
 
 
-def _require_positive(num_trials: int | None) -> None:
+def _require_usable(name: str, num_trials: int | None) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
+        raise ValueError(
+            "--study names a folder and Ray actors: letters, digits, '.', '_' and '-', a letter or "
+            f"digit first; got {name!r}."
+        )
     if num_trials is not None and num_trials < 1:
         raise ValueError(f"--trials must be at least 1; got {num_trials}.")
 

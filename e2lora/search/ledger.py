@@ -21,7 +21,7 @@ from e2lora.config import Study, TrialConfig, in_one_paragraph
 from e2lora.plan import count_adapter_parameters
 from e2lora.pool import JobFailed, Pool
 from e2lora.records import StudyFolder, TrialResult, write_json
-from e2lora.search.plans import Plans, require_declared, with_absolute_paths
+from e2lora.search.plans import Plans, with_absolute_paths
 
 MODES = {"maximize": "max", "minimize": "min"}
 
@@ -41,8 +41,7 @@ class LedgerSearch(OptunaSearch):
         self, study: Study, folder: StudyFolder, plans: Plans, pool: Pool, num_trials: int
     ) -> None:
         self._study, self._folder, self._plans, self._pool = study, folder, plans, pool
-        self._num_trials = num_trials
-        self._broker_name = pool.broker_name
+        self.num_trials = num_trials
         folder.path.mkdir(parents=True, exist_ok=True)
         super().__init__(
             space=self._configure,
@@ -65,13 +64,17 @@ class LedgerSearch(OptunaSearch):
     def num_suggestions(self) -> int:
         """How many trials are still to be run: unfinished ones and new ones."""
         started = [t for t in self._trials() if t.state != TrialState.WAITING]
-        return len(self._unfinished) + max(0, self._num_trials - len(started))
+        return len(self._unfinished) + max(0, self.num_trials - len(started))
 
     @property
     def num_open(self) -> int:
         """How many trials have not ended, those never asked for included."""
         ended = sum(trial.state.is_finished() for trial in self._trials())
-        return max(0, self._num_trials - ended)
+        return max(0, self.num_trials - ended)
+
+    @property
+    def num_complete(self) -> int:
+        return sum(trial.state == TrialState.COMPLETE for trial in self._trials())
 
     def _trials(self) -> list[FrozenTrial]:
         return self._ledger.get_trials(deepcopy=False)
@@ -89,42 +92,51 @@ class LedgerSearch(OptunaSearch):
         return unfinished
 
     def suggest(self, trial_id: str) -> Any:
-        if trial_id not in self._ot_trials:
-            if self._unfinished:
-                frozen = self._unfinished.pop(0)
-                self._ot_trials[trial_id] = optuna.trial.Trial(self._ledger, frozen._trial_id)
-            elif self.num_suggestions == 0:
-                return Searcher.FINISHED
-        try:
-            return super().suggest(trial_id)
-        except (ValueError, JobFailed) as error:  # what the space returned can't be trained
-            number = self._ot_trials.pop(trial_id).number
-            reason = in_one_paragraph(error)
-            print(f"trial {number} is failed without training: {reason}", flush=True)
-            result = failed_result(number, reason, attempts=0)
-            write_json(self._folder.trial(number).result_file, result)
-            self._tell(number, result)
-            return self.suggest(trial_id)
+        while True:
+            if trial_id not in self._ot_trials:
+                if self._unfinished:
+                    frozen = self._unfinished.pop(0)
+                    trial = optuna.trial.Trial(self._ledger, frozen._trial_id)
+                    self._ot_trials[trial_id] = trial
+                elif self.num_suggestions == 0:
+                    return Searcher.FINISHED
+            try:
+                return super().suggest(trial_id)
+            except (ValueError, JobFailed) as error:  # what the space returned can't be trained
+                number = self._ot_trials.pop(trial_id).number
+                reason = in_one_paragraph(error)
+                print(f"trial {number} is failed without training: {reason}", flush=True)
+                result = failed_result(number, reason)
+                write_json(self._folder.trial(number).result_file, result)
+                self._tell(number, result)
 
     def _configure(self, trial: Any) -> dict[str, Any]:
         """The space, adapted: what Tune gets is where the trial's configuration stands."""
-        config = self._study.space(trial)
-        require_declared(self._study, [config])
-        config = with_absolute_paths(config)
         folder = self._folder.trial(trial.number)
+        try:
+            config = self._study.space(trial)
+        except ValueError as error:
+            if "dynamic value space" not in str(error):
+                raise
+            raise ChangedSpace(
+                "a resumed study must have the space it began with; this one offers other "
+                f"choices than before: {error} Go back to that space, or use another --study name."
+            ) from error
+        self._plans.check(config, self._study)
+        config = with_absolute_paths(config)
         if folder.config_file.exists() and folder.config() != config:
             raise ChangedSpace(
                 "a resumed study must have the space it began with; trial "
                 f"{folder.number} differs in {_difference(folder.config(), config)}. Go back to "
                 "that space, or use another --study name."
             )
+        write_json(folder.config_file, config)
         plan = self._plans.plan_for(config, self._pool)
         write_json(folder.plan_file, plan)
-        write_json(folder.config_file, config)
         return {
             "trial": trial.number,
             "folder": str(folder.path),
-            "broker": self._broker_name,
+            "broker": self._pool.broker_name,
             "system": config.system,
             "r": config.plan.r,
             "adapter_parameters": count_adapter_parameters(plan, config.adapter),
@@ -136,13 +148,9 @@ class LedgerSearch(OptunaSearch):
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """Tell the ledger what the trial's folder says; an interrupted trial stays open."""
+        """Tell the ledger what the trial's folder says; one that has no result stays open."""
         number = self._ot_trials[trial_id].number
-        folder = self._folder.trial(number)
-        ended = folder.result()
-        if ended is None and error:
-            ended = failed_result(number, "the process that watched over the trial died", 0)
-            write_json(folder.result_file, ended)
+        ended = self._folder.trial(number).result()
         if ended is not None:
             self._tell(number, ended)
 
@@ -165,7 +173,8 @@ class LedgerSearch(OptunaSearch):
         """Nothing, see :meth:`save`."""
 
 
-def failed_result(number: int, error: str, attempts: int) -> TrialResult:
+def failed_result(number: int, error: str) -> TrialResult:
+    """Of a trial that was refused before it ran."""
     return TrialResult(
         number=number,
         state="failed",
@@ -173,7 +182,7 @@ def failed_result(number: int, error: str, attempts: int) -> TrialResult:
         adapter_parameters=0,
         head_parameters=0,
         seconds=0.0,
-        attempts=attempts,
+        attempts=0,
         error=error,
     )
 

@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import optuna
+
 from e2lora.broker import Job
 from e2lora.cluster import require_fits
 from e2lora.config import (
@@ -21,6 +23,7 @@ from e2lora.config import (
     fingerprint_of,
     in_one_paragraph,
 )
+from e2lora.data import calibration_rows
 from e2lora.models import find_targets, load_structure
 from e2lora.moments import GradientProfile, Target
 from e2lora.partition import NEEDS_PROFILE
@@ -37,29 +40,44 @@ class Plans:
         self._folder = folder
         self._tasks: dict[str, Task] = {}
         self._structures: dict[str, Any] = {}
+        self._fitting: set[GroupSpec] = set()
 
     def targets(self, config: TrialConfig) -> tuple[Target, ...]:
         """What the trial adapts; raises what loading the data or the model's structure does."""
-        task_key = config.task.fingerprint()
-        if task_key not in self._tasks:
-            self._tasks[task_key] = load_task(config.task)
-        task = self._tasks[task_key]
-        key = fingerprint_of([config.model.fingerprint(), task_key])
+        task = self._task(config)
+        key = fingerprint_of([config.model.fingerprint(), config.task.fingerprint()])
         if key not in self._structures:
             self._structures[key] = load_structure(config.model, task.auto_class, task.num_labels)
         return find_targets(self._structures[key], config.adapter.target_modules)
 
-    def check(self, config: TrialConfig) -> None:
+    def _task(self, config: TrialConfig) -> Task:
+        key = config.task.fingerprint()
+        if key not in self._tasks:
+            self._tasks[key] = load_task(config.task)
+        return self._tasks[key]
+
+    def check(self, config: TrialConfig, study: Study) -> None:
         """Everything that can be known to be wrong before anything is trained.
 
         Raises:
-            ValueError, OSError: a model, data, target, rank or worker request that can't work.
+            ValueError, OSError: an undeclared part; a model, data, target, rank, objective or
+                worker request that can't work.
         """
-        require_fits(GroupSpec.of(config.training))
-        without_profile = {"topology": "none", "block_size": None}
+        require_declared(study, config)
+        spec = GroupSpec.of(config.training)
+        if spec not in self._fitting:  # asked once: a node that is away for a while comes back
+            require_fits(spec)
+            self._fitting.add(spec)
+        _require_known_objectives(study, self._task(config))
         needs_profile = config.plan.topology in NEEDS_PROFILE
-        options = config.plan.model_copy(update=without_profile if needs_profile else {})
-        build_plan(self.targets(config), options)
+        if needs_profile:
+            calibration_rows(
+                self._task(config).num_rows("train"),
+                config.plan.calibration.num_samples,
+                config.seed,
+            )
+        without = {"topology": "none", "block_size": None} if needs_profile else {}
+        build_plan(self.targets(config), config.plan.model_copy(update=without))
 
     def measure_profiles(self, configs: Iterable[TrialConfig], pool: Pool) -> None:
         """Measure, on the pool, what profiles these configurations need and the study lacks."""
@@ -76,7 +94,6 @@ class Plans:
 
     def plan_for(self, config: TrialConfig, pool: Pool) -> SharingPlan:
         """The plan, after measuring the profile on a group if it isn't there yet."""
-        self.check(config)
         if config.plan.topology not in NEEDS_PROFILE:
             return build_plan(self.targets(config), config.plan)
         return build_plan(self.targets(config), config.plan, self._profile(config, pool))
@@ -105,24 +122,35 @@ class Plans:
         return self._folder.profiles / f"{key}.json"
 
 
-def configurations_of_points(study: Study) -> list[TrialConfig]:
-    """What the enqueued points of a study are, without a ledger.
+def sample_configurations(study: Study, num_drawn: int = 4) -> list[TrialConfig]:
+    """What the study's points are, and some that its space draws at random, without a ledger.
 
     Raises:
         ValueError: a point that the space doesn't accept, with the point.
     """
-    import optuna
-
     configurations = []
-    for point in study.points:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    drawing = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=study.seeds[0]))
+    trials = [optuna.trial.FixedTrial(dict(point)) for point in study.points]
+    for trial in (*trials, *(drawing.ask() for _ in range(num_drawn))):
         try:
-            configurations.append(study.space(optuna.trial.FixedTrial(dict(point))))
+            configurations.append(study.space(trial))
         except ValueError as error:
             raise ValueError(
-                f"every point of a study must be one that its space accepts; {dict(point)} is "
-                f"not: {in_one_paragraph(error)}"
+                f"a study's space must accept its points and what it draws; {trial.params} it "
+                f"does not: {in_one_paragraph(error)}"
             ) from error
     return configurations
+
+
+def _require_known_objectives(study: Study, task: Task) -> None:
+    known = {*task.metric_names, "train_loss", "adapter_parameters"}
+    unknown = [o.name for o in study.objectives if o.name not in known]
+    if unknown:
+        raise ValueError(
+            f"a study's objectives must be metrics of its tasks; {task.config.display_name!r} has "
+            f"{sorted(known)}, not {unknown}. Correct the study's `objectives`."
+        )
 
 
 def with_absolute_paths(config: TrialConfig) -> TrialConfig:
@@ -140,20 +168,19 @@ def _absolute(name: str) -> str:
     return str(path.resolve()) if path.exists() else name
 
 
-def require_declared(study: Study, configurations: Iterable[TrialConfig]) -> None:
+def require_declared(study: Study, config: TrialConfig) -> None:
     """A space may only return models, tasks and seeds that its study declares.
 
     Raises:
         ValueError: naming what is not declared.
     """
-    for config in configurations:
-        for name, value, declared in (
-            ("model", config.model, study.models),
-            ("task", config.task, study.tasks),
-            ("seed", config.seed, study.seeds),
-        ):
-            if value not in declared:
-                raise ValueError(
-                    f"the space of a study may only return what the study declares; {name} "
-                    f"{value!r} is not in {declared!r}. Add it to the study."
-                )
+    for name, value, declared in (
+        ("model", config.model, study.models),
+        ("task", config.task, study.tasks),
+        ("seed", config.seed, study.seeds),
+    ):
+        if value not in declared:
+            raise ValueError(
+                f"the space of a study may only return what the study declares; {name} "
+                f"{value!r} is not in {declared!r}. Add it to the study."
+            )

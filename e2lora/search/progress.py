@@ -68,7 +68,10 @@ class Progress(Callback):
         import ray
 
         while not self._stop.wait(PULSE_SECONDS):
-            running = ray.get(self._pool.broker.progress.remote())
+            try:
+                running = ray.get(self._pool.broker.progress.remote())
+            except ray.exceptions.RayError:
+                continue  # the pool says what is wrong with it
             print(self.pulse(running), flush=True)
 
     def pulse(self, running: dict[str, tuple[int, int]]) -> str:

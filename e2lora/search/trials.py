@@ -7,7 +7,7 @@ from typing import Any
 
 from e2lora.broker import Job, Update
 from e2lora.config import GroupSpec
-from e2lora.records import Evaluation, TrialFolder, TrialResult, write_json
+from e2lora.records import Evaluation, TrialFolder, TrialResult, write_json, write_text
 
 
 def thin_trial(config: dict[str, Any]) -> None:
@@ -21,8 +21,9 @@ def thin_trial(config: dict[str, Any]) -> None:
 
     folder = TrialFolder(Path(config["folder"]))
     broker = ray.get_actor(config["broker"])
-    spec = GroupSpec.of(folder.config().training)
-    job = Job(f"trial-{folder.number:05d}", "trial", spec, {"folder": str(folder.path)})
+    trial = folder.config()
+    payload = {"config": trial.model_dump_json(), "folder": str(folder.path)}
+    job = Job(f"trial-{folder.number:05d}", "trial", GroupSpec.of(trial.training), payload)
     ray.get(broker.submit.remote(job))
     seen, told = 0, 0
     while True:
@@ -50,10 +51,8 @@ def record(folder: TrialFolder, update: Update) -> None:
     """Bring a trial's folder up to what the broker accepted; ``result.json`` comes last."""
     evaluations = [Evaluation(**evaluation) for evaluation in update.evaluations]
     if evaluations:
-        lines = "".join(evaluation.model_dump_json() + "\n" for evaluation in evaluations)
-        partial = folder.metrics_file.with_suffix(".partial")
-        partial.write_text(lines)
-        partial.replace(folder.metrics_file)
+        lines = [evaluation.model_dump_json() + "\n" for evaluation in evaluations]
+        write_text(folder.metrics_file, "".join(lines))
         write_json(folder.outcomes_file, update.outcomes)
     if update.ended:
         result = update.result or {}

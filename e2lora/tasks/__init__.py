@@ -24,6 +24,11 @@ class Task(Protocol):
     config: TaskConfig
     auto_class: Any
     num_labels: int
+    metric_names: tuple[str, ...]
+
+    def num_rows(self, split: str) -> int:
+        """Rows of ``train`` or ``validation``."""
+        ...
 
     def features(self, split: str, tokenizer: Any) -> list[Features]:
         """Tokenised rows of ``train`` or ``validation``, in row order, not padded."""

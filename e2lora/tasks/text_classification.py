@@ -20,6 +20,8 @@ from e2lora.tasks.rows import carve_validation, read_splits, require_filled
 class TextClassification:
     """See :class:`e2lora.tasks.Task`. Rows are checked as soon as they are read."""
 
+    metric_names: tuple[str, ...] = ("accuracy", "loss", "majority_baseline")
+
     def __init__(self, config: TaskConfig) -> None:
         from transformers import AutoModelForSequenceClassification
 
@@ -43,6 +45,9 @@ class TextClassification:
         self._index = {label: i for i, label in enumerate(self.labels)}
         self.num_labels = len(self.labels)
         self._targets = {split: self._label_indices(split) for split in self._rows}
+
+    def num_rows(self, split: str) -> int:
+        return len(self._targets[split])
 
     def _label_indices(self, split: str) -> list[int]:
         values = self._rows[split][self.config.label_column]
