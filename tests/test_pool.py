@@ -67,6 +67,9 @@ def test_group_that_can_not_start_is_an_error_and_not_a_wait(tmp_path: Path) -> 
     ):
         pool.run(job)
     ray.kill(squatter)
+    for group in pool._groups.values():  # what it waited for comes, and it finds the pool closed
+        group.thread.join(120)
+        assert not group.thread.is_alive()
 
 
 @pytest.mark.slow
