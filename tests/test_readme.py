@@ -1,0 +1,42 @@
+"""What the README shows is so: its Python runs, its tree is the tree."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import e2lora.config
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
+def test_python_example_runs(block: str) -> None:
+    names: dict[str, Any] = {**vars(e2lora.config), "__name__": "example"}
+    exec(compile(block, "README.md", "exec"), names)
+    if "model" in names:
+        trainable, _ = names["model"].get_nb_trainable_parameters()
+        assert 0 < trainable < 100_000
+
+
+def test_tree_names_every_file_and_no_other() -> None:
+    tree = README.split("## How it works")[1].split("\n## ")[0]
+    missing = [
+        str(path)
+        for folder in ("e2lora", "search_spaces", "jobs")
+        for file in sorted((ROOT / folder).rglob("*.py"))
+        if (path := file.relative_to(ROOT)).name != "__init__.py"
+        and not re.search(rf"(?<!\w)({re.escape(str(path))}|{_short(path)})(?!\w)", tree)
+    ]
+    assert not missing
+    for name in re.findall(r"^ +([\w/]+\.py) ", tree, re.MULTILINE):
+        assert (ROOT / name).exists() or (ROOT / "e2lora" / name).exists(), name
+
+
+def _short(path: Path) -> str:
+    """As the tree names it below ``e2lora/``."""
+    return re.escape(str(path.relative_to("e2lora"))) if path.parts[0] == "e2lora" else "nothing"
