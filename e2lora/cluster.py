@@ -57,6 +57,7 @@ def require_shared_storage(path: Path) -> None:
     nodes = [node for node in ray.nodes() if node["Alive"]]
     if len(nodes) < 2:
         return
+    path.mkdir(parents=True, exist_ok=True)
     token = path / f".shared-{os.getpid()}"
     token.touch()
 

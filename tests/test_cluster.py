@@ -1,0 +1,47 @@
+"""Checks of a cluster of two nodes, on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from e2lora import cluster as checks
+from e2lora.config import GroupSpec
+from tests.small import small_trial
+
+
+@pytest.fixture(scope="module", autouse=True)
+def two_nodes() -> Iterator[None]:
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    cluster.add_node(num_cpus=3)
+    ray.init(address=cluster.address, log_to_driver=False)
+    yield
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def test_groups_are_counted_by_what_each_node_can_hold() -> None:
+    spec = GroupSpec.of(small_trial(num_workers=2).training)
+    assert checks.slots(spec) == 2
+    assert checks.slots(spec.model_copy(update={"cpus_per_worker": 2})) == 0, "1 + 3 CPUs"
+    assert checks.slots(spec.model_copy(update={"cpus_per_worker": 2, "num_workers": 1})) == 1
+
+
+def test_storage_that_all_nodes_see_is_accepted_and_left_as_it_was(tmp_path: Path) -> None:
+    storage = tmp_path / "new" / "storage"
+    checks.require_shared_storage(storage)
+    assert list(storage.iterdir()) == []
+
+
+def test_storage_that_a_node_does_not_see_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that is gone when the nodes look stands for one on a disk they don't share."""
+    monkeypatch.setattr(Path, "touch", lambda self: None)
+    monkeypatch.setattr(Path, "unlink", lambda self: None)
+    with pytest.raises(ValueError, match=r"all must share the storage path.*Give --storage"):
+        checks.require_shared_storage(tmp_path)
