@@ -151,13 +151,19 @@ class TrainConfig(Frozen):
     gpus_per_worker: float = Field(default=0, ge=0)
 
     @model_validator(mode="after")
-    def _batch_divides(self) -> TrainConfig:
+    def _options_agree(self) -> TrainConfig:
         parts = self.num_workers * self.gradient_accumulation_steps
         if self.global_batch_size % parts:
             raise ValueError(
                 "`global_batch_size` must be a multiple of num_workers x "
                 f"gradient_accumulation_steps; got {self.global_batch_size} and "
                 f"{self.num_workers} x {self.gradient_accumulation_steps}. Change one of them."
+            )
+        if self.precision == "bf16" and self.zero_stage == 0:
+            raise ValueError(
+                "bf16 needs float32 master weights, which DeepSpeed keeps where they can be "
+                "checkpointed at ZeRO stages 1 and 2 only; got zero_stage=0. Use stage 1, which "
+                "costs nothing with one worker."
             )
         if self.warmup_steps >= self.max_steps:
             raise ValueError(

@@ -44,10 +44,10 @@ def with_training(config: TrialConfig, **options: Any) -> TrialConfig:
     return config.model_copy(update={"training": training})
 
 
-def load_small() -> tuple[Base, TrialData]:
+def load_small(dtype: torch.dtype = torch.float32) -> tuple[Base, TrialData]:
     config = TRIALS["LoRA"]
     task = load_task(config.task)
-    base = load_base(config.model, task.auto_class, task.num_labels, torch.float32)
+    base = load_base(config.model, task.auto_class, task.num_labels, dtype)
     train, validation = (task.features(s, base.tokenizer) for s in ("train", "validation"))
     return base, TrialData(task, train, validation)
 
@@ -256,6 +256,28 @@ def test_resumed_trial_equals_an_uninterrupted_one_bit_for_bit(
     for file in ("adapter_model.safetensors", "plan.json"):
         one, other = (tmp_path / f"{n:05d}" / "adapter" / file for n in (0, 1))
         assert one.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("stage", [1, 2])
+def test_bf16_trial_resumes_exactly_and_leaves_its_base_as_it_was(
+    stage: int, tmp_path: Path
+) -> None:
+    config = with_training(TRIALS["E2LoRA"], precision="bf16", zero_stage=stage)
+    base, data = load_small(torch.bfloat16)
+    plan = plan_of(config, base, data)
+    assert weights_fingerprint(base.model, skip=base.head) == base.fingerprint, "profile: float32"
+    whole = run_trial(base, data, plan, config, TrialFolder(tmp_path / "00000"), Reports())
+    place = TrialFolder(tmp_path / "00001")
+    train_until(4, base, data, plan, config, place)
+    assert run_trial(base, data, plan, config, place, Reports()).losses == whole.losses
+    assert weights_fingerprint(base.model, skip=base.head) == base.fingerprint
+    assert whole.losses == pytest.approx(plain_losses(config, *load_small()), abs=2e-2)
+
+
+def test_bf16_without_master_weights_is_refused() -> None:
+    with pytest.raises(ValueError, match="Use stage 1"):
+        small_trial(precision="bf16", zero_stage=0)
 
 
 @pytest.mark.usefixtures("one_process")
