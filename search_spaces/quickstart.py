@@ -21,15 +21,15 @@ from e2lora.config import (
 
 MODEL = ModelConfig(name="demo:minilm-l6")
 TASK = TaskConfig(data="demo:vader", validation_size=1000, max_length=64)
-SYSTEMS = ("LoRA", "all-shared", "blocks(2)", "ShareLoRA-A", "E²LoRA")
 RANKS = (2, 8)
-TOPOLOGIES: dict[str, tuple[str, int | None]] = {
+TOPOLOGIES: dict[str, tuple[Any, int | None]] = {  # system → topology and block size
     "LoRA": ("none", None),
     "all-shared": ("all", None),
     "blocks(2)": ("blocks", 2),
     "ShareLoRA-A": ("none", None),
     "E²LoRA": ("e2", None),
 }
+SYSTEMS = tuple(TOPOLOGIES)
 
 
 def space(trial: Any) -> TrialConfig:
@@ -38,29 +38,17 @@ def space(trial: Any) -> TrialConfig:
     r = trial.suggest_categorical("r", RANKS)
     learning_rate = trial.suggest_float("learning_rate", 2e-3, 1e-2, log=True)
     topology, block_size = TOPOLOGIES[system]
-    return TrialConfig.model_validate(
-        {
-            "model": MODEL,
-            "task": TASK,
-            "plan": PlanConfig.model_validate(
-                {
-                    "topology": topology,
-                    "block_size": block_size,
-                    "r": r,
-                    "lora_alpha": 2 * r,
-                }
-            ),
-            "adapter": AdapterConfig(
-                target_modules=("query", "value"),
-                a_scope="type" if system == "ShareLoRA-A" else "interval",
-            ),
-            "training": TrainConfig(
-                max_steps=100,
-                learning_rate=learning_rate,
-                warmup_steps=10,
-                eval_every=50,
-            ),
-        }
+    return TrialConfig(
+        model=MODEL,
+        task=TASK,
+        plan=PlanConfig(topology=topology, block_size=block_size, r=r, lora_alpha=2 * r),
+        adapter=AdapterConfig(
+            target_modules=("query", "value"),
+            a_scope="type" if system == "ShareLoRA-A" else "interval",
+        ),
+        training=TrainConfig(
+            max_steps=100, learning_rate=learning_rate, warmup_steps=10, eval_every=50
+        ),
     )
 
 
