@@ -162,6 +162,11 @@ DEMO_ASSETS = {
 }
 
 
+def cache_root() -> Path:
+    """Where this machine's user keeps what can be made again: ``$E2LORA_CACHE``, or a default."""
+    return Path(os.environ.get("E2LORA_CACHE") or "~/.cache/e2lora").expanduser().resolve()
+
+
 def _cached(name: str) -> Path:
     """The asset's folder, made unless it is complete; callers on one machine wait for another."""
     if name not in DEMO_ASSETS:
@@ -170,7 +175,7 @@ def _cached(name: str) -> Path:
             "or name a local path or a hub name."
         )
     asset = DEMO_ASSETS[name]
-    root = Path(os.environ.get("E2LORA_CACHE") or "~/.cache/e2lora").expanduser().resolve()
+    root = cache_root()
     folder = root / f"{name.removeprefix('demo:')}-{asset.version}"
     if (folder / COMPLETE).exists():
         return folder

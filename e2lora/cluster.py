@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
@@ -9,6 +10,25 @@ from e2lora.config import GroupSpec
 
 HEAD = {"node:__internal_head__": 0.001}
 """Places what needs no CPU on the head node; it runs though groups hold every CPU."""
+
+
+def connect() -> None:
+    """To the cluster of RAY_ADDRESS, which a submitted job has; else a Ray of this process's own.
+
+    Left to itself Ray would look for the last one that ran here, and wait for it if it was killed.
+    """
+    import ray
+
+    if not ray.is_initialized():
+        address = os.environ.get("RAY_ADDRESS") or "local"
+        ray.init(address, log_to_driver=False, logging_level=logging.WARNING)
+
+
+def is_of_the_cluster(error: Exception) -> bool:
+    """Whether this is what Ray says of a cluster that broke."""
+    from ray.exceptions import RayError
+
+    return isinstance(error, RayError)
 
 
 def slots(spec: GroupSpec) -> int:

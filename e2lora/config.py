@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -59,55 +59,214 @@ class ModelConfig(Frozen):
 
 
 class TaskConfig(Frozen):
-    """A data set and how its columns are read: hub name, local file or folder, or ``demo:NAME``."""
+    """What every task says of its data; the tasks' own classes below add how columns are read.
+
+    ``data`` is a hub name, a local file or folder, or ``demo:NAME``.
+    """
 
     data: str
-    kind: Literal["text_classification"] = "text_classification"
     subset: str | None = None
-    text_column: str = "text"
-    text2_column: str | None = None
-    label_column: str = "label"
     train_split: str = "train"
     validation_split: str | None = Field(
         default=None, description="None: carved from the training split, by `split_seed`"
     )
     validation_size: int = Field(default=1000, gt=0, description="rows carved, or kept, at most")
     split_seed: int = 0
-    max_length: int = Field(default=128, gt=1, description="tokens; longer texts are cut")
 
     @property
     def display_name(self) -> str:
         return f"{self.data}/{self.subset}" if self.subset else self.data
 
 
+class TextClassificationConfig(TaskConfig):
+    """One text, or a pair of texts, to one of several labels."""
+
+    kind: Literal["text_classification"] = "text_classification"
+    text_column: str = "text"
+    text2_column: str | None = None
+    label_column: str = "label"
+    max_length: int = Field(default=128, gt=1, description="tokens; longer texts are cut")
+
+
+class SftConfig(TaskConfig):
+    """Supervised fine-tuning of a causal model: a prompt and the answer it is to give."""
+
+    kind: Literal["sft"] = "sft"
+    prompt_column: str = "prompt"
+    answer_column: str = "answer"
+    template: str = Field(
+        default="{prompt}\n", description="what stands before the answer; holds {prompt} once"
+    )
+    max_length: int = Field(default=512, gt=1, description="tokens; longer answers are cut")
+
+    @model_validator(mode="after")
+    def _template_holds_the_prompt(self) -> SftConfig:
+        if self.template.count("{prompt}") != 1:
+            raise ValueError(
+                f"`template` must hold {{prompt}} exactly once; got {self.template!r}. Write the "
+                "prompt's place as {prompt}."
+            )
+        return self
+
+
+AnyTaskConfig = Annotated[TextClassificationConfig | SftConfig, Field(discriminator="kind")]
+
+
 class CalibrationConfig(Frozen):
-    """The batch that the gradient profile is measured on (training split only)."""
+    """The rows that the gradient profile is measured on (training split only), and how."""
 
     num_samples: int = Field(default=256, gt=0)
-    microbatch_size: int = Field(default=64, gt=0)
+    num_folds: int = Field(
+        default=4, gt=0, description="disjoint parts, to tell how stable plans are; 1: untold"
+    )
+    microbatch_size: int = Field(
+        default=16,
+        gt=0,
+        description="rows per forward and backward; at least a worker's share of `num_samples`: "
+        "one pass that holds no gradient at all",
+    )
+    checkpointing: bool = Field(
+        default=False, description="recompute activations layer by layer: more time, less memory"
+    )
+    max_held_gib: float = Field(
+        default=8.0,
+        gt=0,
+        description="gradients held by a worker between microbatches; what exceeds it is measured "
+        "in further passes over the same rows",
+    )
+    pairwise: bool = Field(
+        default=False,
+        description="measure inner products and distances between layers too (similarities "
+        "cosine, l1, l2), through gradients on disk",
+    )
+
+    @model_validator(mode="after")
+    def _every_fold_has_a_sample(self) -> CalibrationConfig:
+        if self.num_folds > self.num_samples:
+            raise ValueError(
+                f"`num_folds` must not exceed `num_samples`; got {self.num_folds} folds of "
+                f"{self.num_samples} samples. Lower it, or calibrate on more."
+            )
+        return self
+
+
+class ExplicitGroup(Frozen):
+    """Layers of one module type that shall share, as the user writes them (topology `explicit`)."""
+
+    module: str = Field(description="ending of a module type, as in `target_modules`")
+    layers: tuple[int, ...] = Field(min_length=1)
+    r: int | None = Field(default=None, gt=0, description="None: by `allocation`")
+
+
+Topology = Literal["none", "all", "blocks", "strided", "random", "matched", "explicit", "e2"]
+Similarity = Literal["rmi", "rmi_literal", "cosine", "l1", "l2", "kl"]
+Allocation = Literal["entropy_power", "softmax", "shifted", "literal", "uniform"]
+RankBudget = Literal["layer", "interval", "parameter"]
+
+CUT_BY_GRADIENTS = ("e2", "random", "matched")
+"""Topologies that cut where, or as often as, gradients say: E² itself and its two controls."""
+NEEDS_PAIRS = ("cosine", "l1", "l2")
+"""Similarities of the gradients' directions: they need more than each layer's moments."""
 
 
 class PlanConfig(Frozen):
-    """Which layers share one adapter, and at what rank (method: E²LoRA, ICLR 2026)."""
+    """Which layers share one adapter, and at what rank (method: E²LoRA, ICLR 2026).
 
-    topology: Literal["none", "all", "blocks", "e2"] = "none"
+    Layer sharing alone (LSS only) is ``topology="e2", allocation="uniform"``; rank allocation
+    alone (HRA only) is ``topology="none", allocation="entropy_power"``.
+    """
+
+    topology: Topology = "none"
     block_size: int | None = Field(default=None, gt=0, description="for `blocks` only")
+    stride: int | None = Field(default=None, gt=0, description="for `strided` only")
+    num_intervals: int | None = Field(
+        default=None, gt=0, description="for `random`; None: as many as E² finds"
+    )
+    partition_seed: int | None = Field(default=None, description="for `random` only")
+    groups: tuple[ExplicitGroup, ...] | None = Field(
+        default=None, min_length=1, description="for `explicit` only"
+    )
     r: int = Field(default=8, gt=0)
     lora_alpha: float = Field(default=16.0, gt=0)
-    similarity: Literal["rmi"] = "rmi"
-    allocation: Literal["entropy_power"] = "entropy_power"
+    use_rslora: bool = Field(default=False, description="scale by alpha/sqrt(r), not alpha/r")
+    similarity: Similarity = "rmi"
+    allocation: Allocation | None = Field(
+        default=None,
+        description="None: `entropy_power` for e2, random and matched; `uniform` (every rank is r) "
+        "for the others",
+    )
     beta: float = Field(default=0.5, ge=0, description="exponent of `entropy_power`")
-    budget: Literal["layer"] = "layer"
+    budget: RankBudget = Field(
+        default="layer",
+        description="of a module type of N layers in K intervals, summed over intervals: length x "
+        "rank = N r (`layer`), rank = K r (`interval`), rank = N r (`parameter`)",
+    )
     calibration: CalibrationConfig = CalibrationConfig()
 
+    @property
+    def rank_allocation(self) -> Allocation:
+        """``allocation``, or the topology's own where it is None."""
+        if self.allocation is not None:
+            return self.allocation
+        return "entropy_power" if self.topology in CUT_BY_GRADIENTS else "uniform"
+
+    @property
+    def needs_similarity(self) -> bool:
+        """Whether the similarity of layers decides who shares, or into how many intervals."""
+        return self.topology in CUT_BY_GRADIENTS and self.num_intervals is None
+
+    @property
+    def needs_profile(self) -> bool:
+        return self.needs_similarity or self.rank_allocation != "uniform"
+
     @model_validator(mode="after")
-    def _block_size_belongs_to_blocks(self) -> PlanConfig:
-        if (self.topology == "blocks") != (self.block_size is not None):
+    def _options_belong_to_the_topology(self) -> PlanConfig:
+        for option, topology, required in (
+            ("block_size", "blocks", True),
+            ("stride", "strided", True),
+            ("partition_seed", "random", True),
+            ("num_intervals", "random", False),
+            ("groups", "explicit", True),
+        ):
+            value, belongs = getattr(self, option), self.topology == topology
+            if (value is not None and not belongs) or (required and belongs and value is None):
+                raise ValueError(
+                    f"`{option}` is given {'exactly' if required else 'only'} when `topology` is "
+                    f"{topology!r}; got topology={self.topology!r}, {option}={value}. "
+                    f"{'Set both or neither' if required else 'Remove it'}."
+                )
+        wants_pairs = self.needs_similarity and self.similarity in NEEDS_PAIRS
+        if wants_pairs and not self.calibration.pairwise:
             raise ValueError(
-                "`block_size` is given exactly when `topology` is 'blocks'; got "
-                f"topology={self.topology!r}, block_size={self.block_size}. Set both or neither."
+                f"similarity {self.similarity!r} compares whole gradients and needs a profile with "
+                "pairs of layers; got calibration.pairwise=False. Set "
+                "calibration=CalibrationConfig(pairwise=True), or use a similarity of moments "
+                "(rmi, rmi_literal, kl)."
+            )
+        own_ranks = any(group.r is not None for group in self.groups or ())
+        if own_ranks and self.rank_allocation != "uniform":
+            raise ValueError(
+                "groups with ranks of their own leave nothing to allocate; got "
+                f"allocation={self.allocation!r}. Remove it, or the ranks."
             )
         return self
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "e2": {"topology": "e2"},
+    "e2_published": {
+        "topology": "e2",
+        "similarity": "rmi_literal",
+        "allocation": "literal",
+        "budget": "parameter",
+    },
+    "lss_only": {"topology": "e2", "allocation": "uniform"},
+    "hra_only": {"topology": "none", "allocation": "entropy_power"},
+    "lora": {"topology": "none"},
+    "all": {"topology": "all"},
+    "matched": {"topology": "matched"},
+}
+"""Options by name: ``PlanConfig(**PRESETS["e2_published"], r=16)``."""
 
 
 class AdapterConfig(Frozen):
@@ -189,7 +348,7 @@ class TrialConfig(Frozen):
     """Everything that decides a trial's numbers."""
 
     model: ModelConfig
-    task: TaskConfig
+    task: AnyTaskConfig
     adapter: AdapterConfig
     plan: PlanConfig
     training: TrainConfig
@@ -201,21 +360,56 @@ class TrialConfig(Frozen):
 
     @property
     def system(self) -> str:
-        """The sharing system by its name in reports.
-
-        >>> from e2lora.config import *
-        >>> system_name("blocks", 2, "interval"), system_name("none", None, "type")
-        ('blocks(2)', 'ShareLoRA-A')
-        """
-        return system_name(self.plan.topology, self.plan.block_size, self.adapter.a_scope)
+        """The sharing system by its name in reports."""
+        return system_name(self.plan, self.adapter)
 
 
-def system_name(topology: str, block_size: int | None, a_scope: str) -> str:
-    """The name of a sharing system, as the field and the reports use it."""
-    names = {"none": "LoRA", "all": "all-shared", "blocks": f"blocks({block_size})", "e2": "E²LoRA"}
-    if a_scope == "interval":
-        return names[topology]
-    return "ShareLoRA-A" if topology == "none" else f"{names[topology]} + shared A"
+def system_name(plan: PlanConfig, adapter: AdapterConfig) -> str:
+    """The name of a sharing system, as the field and the reports use it.
+
+    What differs from the system's defaults and matters is said in brackets; the rank is not.
+
+    >>> lora = AdapterConfig(target_modules=("query",))
+    >>> system_name(PlanConfig(topology="blocks", block_size=2), lora)
+    'blocks(2)'
+    >>> system_name(PlanConfig(**PRESETS["lss_only"]), lora)
+    'LSS only'
+    >>> system_name(PlanConfig(topology="e2", allocation="softmax", budget="interval"), lora)
+    'E²LoRA (softmax, budget interval)'
+    >>> system_name(PlanConfig(), lora.model_copy(update={"a_scope": "type"}))
+    'ShareLoRA-A'
+    """
+    allocation, shares_a = plan.rank_allocation, adapter.a_scope == "type"
+    allocated = allocation != "uniform"
+    names = {
+        "none": "HRA only" if allocated else "ShareLoRA-A" if shares_a else "LoRA",
+        "all": "all-shared",
+        "blocks": f"blocks({plan.block_size})",
+        "strided": f"strided({plan.stride})",
+        "random": f"random({plan.num_intervals or 'E²'}, seed {plan.partition_seed})",
+        "matched": "matched blocks",
+        "explicit": "explicit",
+        "e2": "E²LoRA" if allocated else "LSS only",
+    }
+    name = names[plan.topology]
+    details: list[str] = []
+    chosen = {key: getattr(plan, key) for key in PRESETS["e2_published"]}
+    if chosen == PRESETS["e2_published"]:
+        name += " as published"
+    else:
+        if plan.needs_similarity and plan.similarity != "rmi":
+            details.append(plan.similarity)
+        if allocation != "entropy_power" and (allocated or plan.topology in ("random", "matched")):
+            details.append(allocation)
+        if allocation == "entropy_power" and plan.topology not in (*CUT_BY_GRADIENTS, "none"):
+            details.append(allocation)
+        if allocation == "entropy_power" and plan.beta != 0.5:
+            details.append(f"beta {plan.beta:g}")
+        if allocated and plan.budget != "layer":
+            details.append(f"budget {plan.budget}")
+    details += ["rsLoRA"] if plan.use_rslora else []
+    name += f" ({', '.join(details)})" if details else ""
+    return f"{name} + shared A" if shares_a and name != "ShareLoRA-A" else name
 
 
 class GroupSpec(Frozen):
@@ -250,7 +444,7 @@ class Study:
 
     space: Callable[[Any], TrialConfig]
     models: tuple[ModelConfig, ...]
-    tasks: tuple[TaskConfig, ...]
+    tasks: tuple[AnyTaskConfig, ...]
     objectives: tuple[Objective, ...]
     budgets: tuple[int, ...]
     points: tuple[Mapping[str, Any], ...] = ()

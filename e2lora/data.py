@@ -64,6 +64,18 @@ def microbatches_of(rows: Sequence[Row], rank: int, world: int, num: int) -> lis
     return [mine[i * size : (i + 1) * size] for i in range(num)]
 
 
+def calibration_folds(
+    lengths: Sequence[int], num_samples: int, num_folds: int, seed: int
+) -> list[list[int]]:
+    """Row numbers of the calibration folds: one sample, dealt out; each fold in order of length.
+
+    >>> calibration_folds([5, 1, 4, 2], num_samples=4, num_folds=2, seed=0)
+    [[3, 2], [1, 0]]
+    """
+    rows = calibration_rows(len(lengths), num_samples, seed)
+    return [sorted(rows[k::num_folds], key=lambda i: lengths[i]) for k in range(num_folds)]
+
+
 def calibration_rows(num_rows: int, num_samples: int, seed: int) -> list[int]:
     """Rows of the calibration batch: a sample without replacement.
 

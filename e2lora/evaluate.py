@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from e2lora.tasks import Features, Task
+from e2lora.tasks.scores import RowScore
 
 
 def evaluate(
@@ -31,7 +32,7 @@ def evaluate(
     rank, world = (dist.get_rank(group), dist.get_world_size(group)) if group else (0, 1)
     by_length = sorted(range(len(features)), key=lambda i: (len(features[i]["input_ids"]), i))
     mine = by_length[rank::world]
-    scores: dict[int, tuple[float, float]] = {}
+    scores: dict[int, RowScore] = {}
     training = model.training
     model.eval()
     with torch.no_grad():
@@ -47,4 +48,4 @@ def evaluate(
         dist.all_gather_object(parts, scores, group=group)
         scores = {row: score for part in parts for row, score in part.items()}
     ordered = [scores[row] for row in range(len(features))]
-    return task.metrics(ordered), [outcome for outcome, _ in ordered]
+    return task.metrics(ordered), [score.outcome for score in ordered]

@@ -7,7 +7,7 @@ matplotlib's global state is used, so a report can be made anywhere, in any thre
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from e2lora.moments import GradientProfile
-from e2lora.partition import cut_by_similarity, similarity_matrix
+from e2lora.partition import similarity_matrix
 from e2lora.plan import SharingPlan
 
 # Okabe & Ito's colours, told apart by colour-blind readers too.
@@ -36,54 +36,56 @@ def short_type(module_type: str) -> str:
     return module_type.rpartition("*.")[2]
 
 
-def draw_plan(file: Path, plan: SharingPlan, title: str) -> None:
-    """Rank of each layer, a panel per module type; layers that share an adapter are one block."""
-    types = plan.module_types
-    figure, panels = make_panels(len(types), width=5.6, height=2.5)
-    top = max(group.r for group in plan.groups)
-    spent = {budget.module_type: budget for budget in plan.budgets}
-    for axes, module_type in zip(panels, types, strict=True):
-        groups = plan.groups_of(module_type)
-        for k, group in enumerate(groups):
-            colour = COLOURS[1] if k % 2 == 0 else COLOURS[5]
-            axes.bar(group.layers, group.r, width=1.0, color=colour, alpha=0.85, zorder=2)
-            for run in _runs(group.layers):
-                left, length = run[0] - 0.5, len(run)
-                axes.add_patch(
-                    Rectangle(
-                        (left, 0),
-                        length,
-                        group.r,
-                        fill=False,
-                        ec="white",
-                        lw=2,
-                        zorder=3,
-                    )
-                )
-                for layer in run[1:]:  # a hair line between layers of one block
-                    x = [layer - 0.5, layer - 0.5]
-                    axes.plot(x, [0, group.r], color="white", lw=0.5, alpha=0.7, zorder=3)
-                axes.text(
-                    left + length / 2,
-                    group.r,
-                    f"{group.r}",
-                    ha="center",
-                    va="bottom",
-                    fontsize=9,
-                )
-        axes.axhline(plan.options.r, color=INK, lw=1, ls=(0, (5, 4)), zorder=4)
-        budget = spent.get(module_type)
-        note = f", {budget.spent} of {budget.available} spent" if budget else ""
-        blocks = f"{len(groups)} block{'s' if len(groups) > 1 else ''}"
-        axes.set_title(f"{short_type(module_type)}: {blocks}{note}", loc="left", fontsize=9.5)
+def draw_ranks(file: Path, plans: Mapping[str, SharingPlan], title: str) -> None:
+    """Rank of each layer; layers that share an adapter are one block. Thin bars: fold to fold.
+
+    A panel per module type; with several plans (by their labels) a column for each.
+    """
+    types = next(iter(plans.values())).module_types
+    figure, panels = make_panels(
+        len(types) * len(plans), 5.6, 2.5, columns=len(plans) if len(plans) > 1 else None
+    )
+    top = max(group.r for plan in plans.values() for group in plan.groups)
+    places = ((module_type, label) for module_type in types for label in plans)
+    for axes, (module_type, label) in zip(panels, places, strict=True):
+        _draw_ranks_of(axes, plans[label], module_type, label if len(plans) > 1 else "")
         axes.set_ylim(0, top * 1.18)
-        axes.set_ylabel("rank")
-        axes.set_xlabel("layer")
-        axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
-        _ticks_at_layers(axes.xaxis, [layer for g in groups for layer in g.layers])
-        axes.grid(False, axis="x")
-    write_headline(figure, f"{title}: rank per layer (dashed: base rank {plan.options.r})")
+    base = sorted({plan.options.r for plan in plans.values()})
+    dashed = f"dashed: base rank {', '.join(map(str, base))}"
+    write_headline(figure, f"{title}: rank per layer ({dashed})")
     save_figure(figure, file)
+
+
+def _draw_ranks_of(axes: Any, plan: SharingPlan, module_type: str, label: str) -> None:
+    groups = plan.groups_of(module_type)
+    for k, group in enumerate(groups):
+        colour = COLOURS[1] if k % 2 == 0 else COLOURS[5]
+        axes.bar(group.layers, group.r, width=1.0, color=colour, alpha=0.85, zorder=2)
+        for run in _runs(group.layers):
+            left, length = run[0] - 0.5, len(run)
+            outline = Rectangle((left, 0), length, group.r, fill=False, ec="white", lw=2, zorder=3)
+            axes.add_patch(outline)
+            for layer in run[1:]:  # a hair line between layers of one block
+                x = [layer - 0.5, layer - 0.5]
+                axes.plot(x, [0, group.r], color="white", lw=0.5, alpha=0.7, zorder=3)
+            middle = left + length / 2
+            axes.text(middle, group.r, f"{group.r}", ha="center", va="bottom", fontsize=8)
+    axes.axhline(plan.options.r, color=INK, lw=1, ls=(0, (5, 4)), zorder=4)
+    for found in plan.stability.types if plan.stability else ():
+        if found.module_type == module_type:
+            layers = sorted(layer for group in groups for layer in group.layers)
+            spread = found.lowest_ranks, found.highest_ranks
+            axes.vlines(layers, *spread, color=INK, lw=1, alpha=0.6, zorder=5)
+    budget = next((b for b in plan.budgets if b.module_type == module_type), None)
+    note = f", {budget.spent} of {budget.available} spent" if budget else ""
+    blocks = f"{len(groups)} block{'s' if len(groups) > 1 else ''}"
+    name = f"{label}, {short_type(module_type)}" if label else short_type(module_type)
+    axes.set_title(f"{name}: {blocks}{note}", loc="left", fontsize=9.5)
+    axes.set_ylabel("rank")
+    axes.set_xlabel("layer")
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
+    _ticks_at_layers(axes.xaxis, [layer for g in groups for layer in g.layers])
+    axes.grid(False, axis="x")
 
 
 def _runs(layers: Sequence[int]) -> list[list[int]]:
@@ -97,47 +99,88 @@ def _runs(layers: Sequence[int]) -> list[list[int]]:
 
 
 def draw_similarity(
-    file: Path,
-    profile: GradientProfile,
-    name: str,
-    title: str,
+    file: Path, profile: GradientProfile, plans: Mapping[str, SharingPlan], title: str
 ) -> None:
-    """Similarity of all pairs of layers, a panel per module type, with the intervals as boxes.
+    """Similarity of all pairs of layers, with what the plan shares as boxes.
 
-    Args:
-        name: one of ``SIMILARITIES``.
+    A panel per module type; with several plans (by their labels) a column for each. The colours
+    run over the pairs of different layers: the diagonal would leave them no contrast.
+    """
+    types = next(iter(plans.values())).module_types
+    columns = len(plans) if len(plans) > 1 else None
+    figure, panels = make_panels(len(types) * len(plans), 4.1, 3.7, columns=columns)
+    for number, (label, plan) in enumerate(plans.items()):
+        own = panels[number :: len(plans)]
+        images = {}
+        for axes, module_type in zip(own, types, strict=True):
+            members = [t for t in plan.targets if t.module_type == module_type]
+            members.sort(key=lambda target: target.layer)
+            name = plan.options.similarity
+            matrix = similarity_matrix(name, profile.gradients_of(members))
+            images[axes] = axes.imshow(matrix, cmap="Blues"), matrix
+            layers = [target.layer for target in members]
+            _box_groups(axes, layers, plan, module_type)
+            told = f"{label}, {short_type(module_type)}" if columns else short_type(module_type)
+            axes.set_title(told, loc="left", fontsize=9.5)
+        pairs = [m[~np.eye(len(m), dtype=bool)] for _, m in images.values() if len(m) > 1]
+        shown = np.concatenate(pairs) if pairs else np.ones(1)
+        for image, _ in images.values():
+            image.set_clim(shown.min(), max(shown.max(), shown.min() + 1e-9))
+        bar = figure.colorbar(
+            next(iter(images.values()))[0], ax=own, shrink=0.6, pad=0.02, location="bottom"
+        )
+        bar.outline.set_visible(False)
+        bar.ax.tick_params(labelsize=8)
+        bar.set_label(f"similarity ({plan.options.similarity})", fontsize=9)
+    write_headline(figure, f"{title}: similarity of layers (boxes: who shares)")
+    save_figure(figure, file)
+
+
+def _box_groups(axes: Any, layers: Sequence[int], plan: SharingPlan, module_type: str) -> None:
+    position = {layer: k for k, layer in enumerate(layers)}
+    for group in plan.groups_of(module_type):
+        for run in _runs(sorted(position[layer] for layer in group.layers)):
+            corner, length = run[0] - 0.5, len(run)
+            box = Rectangle((corner, corner), length, length, fill=False, ec=COLOURS[0], lw=2.0)
+            axes.add_patch(box).set_clip_on(False)
+    places = np.unique(np.linspace(0, len(layers) - 1, min(len(layers), 12)).round())
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_ticks(places, [str(layers[int(place)]) for place in places])
+    axes.tick_params(length=0)
+    axes.grid(False)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    axes.set_xlabel("layer")
+    axes.set_ylabel("layer")
+
+
+def draw_entropies(file: Path, profile: GradientProfile, title: str) -> None:
+    """Proxy entropy of each layer, a panel per module type; thin lines: each fold alone.
+
+    The rows of a fused projection that make q, k and v have lines of their own.
     """
     types = profile.by_module_type()
-    matrices = {
-        module_type: similarity_matrix(name, [entry.moments for entry in entries])
-        for module_type, entries in types.items()
-    }
-    lowest = min(float(matrix.min()) for matrix in matrices.values())
-    figure, panels = make_panels(len(types), width=4.1, height=3.7)
-    image = None
+    figure, panels = make_panels(len(types), width=4.4, height=2.6)
     for axes, (module_type, entries) in zip(panels, types.items(), strict=True):
-        matrix = matrices[module_type]
-        image = axes.imshow(matrix, cmap="Blues", vmin=lowest, vmax=1.0)
-        for interval in cut_by_similarity(matrix):
-            corner, length = interval[0] - 0.5, len(interval)
-            box = Rectangle((corner, corner), length, length, fill=False, ec=COLOURS[0], lw=2.2)
-            axes.add_patch(box).set_clip_on(False)
-        layers = [entry.target.layer for entry in entries]
-        places = np.unique(np.linspace(0, len(layers) - 1, min(len(layers), 12)).round())
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_ticks(places, [str(layers[int(place)]) for place in places])
-        axes.tick_params(length=0)
-        axes.grid(False)
-        for spine in axes.spines.values():
-            spine.set_visible(False)
+        targets = [entry.target for entry in entries]
+        layers = [target.layer for target in targets]
+        for fold in range(len(profile.folds)):
+            part = profile.gradients_of(targets, fold)
+            if all(moments.std for moments in part.moments):
+                axes.plot(layers, part.entropies, color=COLOURS[5], lw=0.8, zorder=2)
+        for number, name in enumerate(entries[0].parts):
+            values = [entry.parts[name].entropy for entry in entries]
+            axes.plot(layers, values, color=COLOURS[2 + number], lw=1, ls="--", label=name)
+        values = [entry.moments.entropy for entry in entries]
+        axes.plot(layers, values, color=COLOURS[1], lw=1.6, marker="o", ms=3.5, zorder=3)
+        if entries[0].parts:
+            axes.legend(fontsize=8, frameon=False)
         axes.set_title(short_type(module_type), loc="left", fontsize=9.5)
         axes.set_xlabel("layer")
-        axes.set_ylabel("layer")
-    assert image is not None  # a profile has at least one layer
-    bar = figure.colorbar(image, ax=panels, shrink=0.75, pad=0.02)
-    bar.outline.set_visible(False)
-    bar.set_label(f"similarity ({name})")
-    write_headline(figure, f"{title}: similarity of layers (boxes: intervals)")
+        axes.set_ylabel("entropy (nats)")
+        _ticks_at_layers(axes.xaxis, layers)
+    folds = " (thin: each fold alone)" if profile.folds else ""
+    write_headline(figure, f"{title}: proxy entropy of the gradients{folds}")
     save_figure(figure, file)
 
 
@@ -150,9 +193,15 @@ def _ticks_at_layers(axis: Any, layers: Sequence[int]) -> None:
     axis.set_ticks(range(min(layers), max(layers) + 1, step))
 
 
-def make_panels(num: int, width: float, height: float) -> tuple[Figure, list[Any]]:
-    """``num`` axes in up to two columns (three from five panels on); size of a panel in inches."""
-    columns = min(num, 2 if num < 5 else 3)
+def make_panels(
+    num: int, width: float, height: float, columns: int | None = None
+) -> tuple[Figure, list[Any]]:
+    """``num`` axes, row by row; size of a panel in inches.
+
+    Args:
+        columns: None: up to two, or three from five panels on.
+    """
+    columns = columns or min(num, 2 if num < 5 else 3)
     rows = -(-num // columns)
     figure = Figure(figsize=(columns * width, rows * height + 0.4), layout="constrained")
     FigureCanvasAgg(figure)

@@ -1,175 +1,355 @@
-"""Model + calibration batches → gradient moments of every target, with frozen weights.
+"""Model + calibration batches → gradient statistics of every target, with frozen weights.
 
 The gradient of a linear weight is G = Σ_t δ_t x_tᵀ over tokens t, with x the input and δ the
-gradient of the output. An autograd function put behind each target by a forward hook is the
-identity on the output, saves x, and sees δ in backward: no weight needs ``requires_grad``.
+gradient of the output; the probe sees both in backward, so no weight needs ``requires_grad``.
 
-Moments of a sum do not follow from the moments of its parts. So a target that fires once, on one
-worker, is summed up by blocks of output rows and never held; otherwise a float32 accumulator per
-target holds its own sum, and blocks are reduced over the workers before anything is squared.
+Statistics of a sum do not follow from those of its parts, so a gradient must be whole before it is
+squared. Rows come in *rounds*: a round holds all rows of one fold, or of several.
+
+* blocks: a round that is one microbatch on every worker, and a target that fires once in it. The
+  gradient is made by blocks of output rows in backward, reduced over the workers, and never held.
+* accumulators: otherwise. A float32 sum per target is kept until its round ends.
+
+The gradient over all folds is the sum of theirs. Where one round holds them all, so does one block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from e2lora.moments import LayerGradient, Moments, Target
+from e2lora.moments import Fold, LayerGradient, PairStatistics, Target
+from e2lora.probe import checkpointed, probed, undisturbed
+from e2lora.sums import GradientSums, spill_folders
 
 BLOCK_ROWS = 256
 
 LossSum = Callable[[Any, Any], Tensor]
+OnBatch = Callable[[int, int], None]
 
 
-class _Probe(torch.autograd.Function):
-    """Identity on ``output`` that hands (x, δ) to ``record`` in backward.
+@dataclass(frozen=True)
+class Microbatch:
+    """What ``loss_sum`` takes, and how many of its rows belong to each fold of its round, in order.
 
-    ``anchor`` requires grad, so that the graph reaches back to here though all else is frozen.
+    The first dimension of a target's input must be the batch's, or run over its rows in order,
+    where there are several folds.
     """
 
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, x: Tensor, anchor: Tensor, record: Any) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.record = record
-        return output.view_as(output)
-
-    @staticmethod
-    def backward(ctx: Any, *deltas: Any) -> tuple[Tensor, None, None, None]:
-        (delta,) = deltas
-        (x,) = ctx.saved_tensors
-        ctx.record(x, delta)
-        return delta, None, None, None
+    inputs: Any
+    rows: tuple[int, ...]
 
 
-class _Sums:
-    """Count, Σg, Σg², Σ|g| of one gradient, in float64."""
+@dataclass(frozen=True)
+class Round:
+    """Whole folds, by their numbers, and this worker's share of their rows."""
 
-    def __init__(self) -> None:
-        self.count, self.totals = 0, torch.zeros(3, dtype=torch.float64)
+    folds: tuple[int, ...]
+    microbatches: tuple[Microbatch, ...]
 
-    def add(self, block: Tensor) -> None:
-        wide = block.double()
-        self.count += wide.numel()
-        self.totals += torch.stack([wide.sum(), wide.square().sum(), wide.abs().sum()]).cpu()
 
-    def moments(self) -> Moments:
-        return Moments.from_sums(self.count, *self.totals.tolist())
+@dataclass(frozen=True)
+class Probing:
+    """What is measured besides moments, and at what price.
+
+    ``parts`` names rows of fused projections: target path → name → rows. ``max_held_bytes`` limits
+    the accumulators; targets beyond it are measured in further passes over the same rounds.
+    """
+
+    parts: Mapping[str, Mapping[str, Sequence[int]]] | None = None
+    pairwise: bool = False
+    checkpointing: bool = False
+    max_held_bytes: float = float("inf")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Statistics over all rows, and over each fold if there are several; see GradientProfile."""
+
+    layers: tuple[LayerGradient, ...]
+    pairs: dict[str, PairStatistics]
+    folds: tuple[Fold, ...]
+    mean_loss: float
+    method: Literal["blocks", "accumulators"]
+    num_passes: int
+
+
+def measure_gradients(
+    model: nn.Module,
+    targets: Sequence[Target],
+    rounds: Sequence[Round],
+    loss_sum: LossSum,
+    num_samples: Sequence[int],
+    num_supervised: Sequence[int],
+    probing: Probing = Probing(),
+    group: Any = None,
+    on_batch: OnBatch = lambda done, total: None,
+) -> Measurement:
+    """Statistics of ∂(mean loss)/∂W for every target, exact for the sum over all microbatches.
+
+    Args:
+        rounds: of this worker; the same folds in the same order on every worker.
+        loss_sum: (model, inputs) → the *sum* of its sample (token) losses, a scalar.
+        num_samples: rows of each fold, of all workers.
+        num_supervised: samples (tokens) of each fold, of all workers; the loss is divided once by
+            their sum (a fold's by its own), so the result depends on neither microbatch size nor
+            number of workers.
+        group: process group of all workers, or None for one.
+        on_batch: called after each microbatch with how many are done, and of how many.
+
+    Raises:
+        ValueError: a gradient that is not finite; inputs that can't be told apart by fold.
+    """
+    total = sum(num_supervised)
+    scales = [total / supervised for supervised in num_supervised] if len(rounds) else []
+    passes = _passes(targets, rounds, probing.max_held_bytes, group)
+    loss, held = torch.zeros((), dtype=torch.float64), False
+    done, num_batches = 0, len(passes) * sum(len(r.microbatches) for r in rounds)
+
+    def mean_loss(model: Any, inputs: Any) -> Tensor:
+        return loss_sum(model, inputs) / total
+
+    def tell_one_more() -> None:
+        nonlocal done
+        done += 1
+        on_batch(done, num_batches)
+
+    with ExitStack() as stack:
+        first = group is None or dist.get_rank(group) == 0
+        spills = stack.enter_context(spill_folders(probing.pairwise and first, 1 + len(scales)))
+        whole = GradientSums(spills[0], 1.0)
+        folds = [GradientSums(f, s) for f, s in zip(spills[1:], scales, strict=True)]
+        stack.enter_context(undisturbed(model))
+        if probing.checkpointing:
+            stack.enter_context(checkpointed(model, targets))
+        for number, members in enumerate(passes):
+            recorder = _Recorder(members, whole, folds if len(folds) > 1 else [], group)
+            paths = [target.path for target in members]
+            with probed(model, paths, recorder.fired, recorder.record), torch.enable_grad():
+                for r in rounds:
+                    part = recorder.run(model, r, mean_loss, tell_one_more)
+                    loss += part if number == 0 else 0.0
+            recorder.finish()
+            held = held or recorder.held_some
+        if group is not None:
+            dist.all_reduce(loss, group=group)
+        whole.require_finite(targets)
+        per_fold = tuple(
+            Fold(
+                num_samples=num_samples[k],
+                num_supervised=num_supervised[k],
+                moments=tuple(folds[k].moments(target) for target in targets),
+                pairs=_told_to_all(folds[k].pairs(targets), group),
+            )
+            for k in range(len(folds) if len(folds) > 1 else 0)
+        )
+        return Measurement(
+            layers=tuple(whole.layer(t, (probing.parts or {}).get(t.path, {})) for t in targets),
+            pairs=_told_to_all(whole.pairs(targets), group),
+            folds=per_fold,
+            mean_loss=float(loss),
+            method="accumulators" if held else "blocks",
+            num_passes=len(passes),
+        )
+
+
+def _told_to_all(value: Any, group: Any) -> Any:
+    """The first worker's value, on every worker."""
+    box = [value]
+    if group is not None:
+        dist.broadcast_object_list(box, src=dist.get_global_rank(group, 0), group=group)
+    return box[0]
+
+
+def held_bytes(targets: Sequence[Target], rounds: Sequence[Round]) -> dict[str, int]:
+    """Bytes of accumulators that each target takes, where it fires once per forward.
+
+    None where one microbatch holds all folds; one gradient for the sum over rounds, and one more
+    for that of a round of several microbatches.
+    """
+    several_rounds = len(rounds) > 1
+    several_microbatches = any(len(r.microbatches) > 1 for r in rounds)
+    copies = int(several_rounds) + int(several_microbatches)
+    return {t.path: 4 * copies * t.in_features * t.out_features for t in targets}
+
+
+def _passes(
+    targets: Sequence[Target], rounds: Sequence[Round], limit: float, group: Any
+) -> list[list[Target]]:
+    """Targets in groups whose accumulators keep the limit; the same on every worker."""
+    sizes = held_bytes(targets, rounds)
+    if group is not None:  # every worker must make the same passes
+        of_all: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(of_all, sizes, group=group)
+        sizes = {path: max(one[path] for one in of_all) for path in sizes}
+    return split_by_size(targets, sizes, limit)
+
+
+def split_by_size(
+    targets: Sequence[Target], sizes: Mapping[str, int], limit: float
+) -> list[list[Target]]:
+    """Targets in order, in groups that keep the limit; a target that exceeds it stands alone."""
+    passes: list[list[Target]] = []
+    room = 0.0
+    for target in targets:
+        if not passes or sizes[target.path] > room:
+            passes.append([])
+            room = limit
+        passes[-1].append(target)
+        room -= sizes[target.path]
+    return passes
 
 
 class _Recorder:
-    """Gathers what backward sees of every target, in the way the module docstring says."""
+    """Gathers what backward sees of some targets, in the way the module docstring says."""
 
-    def __init__(self, targets: Sequence[Target], fires_once: bool) -> None:
-        self.targets = targets
-        self.fires_once = fires_once
-        self.forwards: dict[str, int] = {}
-        self.sums: dict[str, _Sums] = {}
-        self.accumulators: dict[str, Tensor] = {}
+    def __init__(
+        self,
+        targets: Sequence[Target],
+        whole: GradientSums,
+        folds: Sequence[GradientSums],
+        group: Any,
+    ) -> None:
+        self.targets = {target.path: target for target in targets}
+        self.whole, self.folds, self.group = whole, folds, group
+        self.num_folds = max(1, len(folds))
+        self._forwards: Counter[str] = Counter()
+        self._counting = False
+        self.held_some = False
+        self._device = torch.device("cpu")
+        self._rows: tuple[int, ...] = ()
+        self._round: tuple[int, ...] = ()
+        self._whole_at_once: frozenset[str] = frozenset()
+        self._done: set[str] = set()
+        self._of_round: dict[tuple[int, str], Tensor] = {}
+        self._of_all: dict[str, Tensor] = {}
 
-    def record(self, path: str, x: Tensor, delta: Tensor) -> None:
-        x = x.detach().reshape(-1, x.shape[-1]).float()
-        delta = delta.reshape(-1, delta.shape[-1]).float()
-        if self.fires_once and self.forwards[path] == 1:
-            sums = self.sums[path] = _Sums()
-            for rows in delta.split(BLOCK_ROWS, dim=1):
-                sums.add(rows.T @ x)
-        elif path in self.accumulators:
-            self.accumulators[path].addmm_(delta.T, x)
-        else:
-            self.accumulators[path] = delta.T @ x
-
-    def finish(self, group: Any) -> list[LayerGradient]:
-        """Moments in the order of the targets: the same order of collectives on every worker."""
-        layers = []
-        for target in self.targets:
-            sums = self.sums.get(target.path) or self._reduced_sums(target, group)
-            if sums.totals.isfinite().all():
-                layers.append(LayerGradient(target=target, moments=sums.moments()))
-        measured = {entry.target.path for entry in layers}
-        broken = [target.path for target in self.targets if target.path not in measured]
-        if broken:
-            raise ValueError(
-                f"every target needs a finite gradient; {len(broken)} got none: "
-                f"{', '.join(broken[:5])}. Measure in float32, or calibrate on other samples."
-            )
-        return layers
-
-    def _reduced_sums(self, target: Target, group: Any) -> _Sums:
-        held = self.accumulators.pop(target.path, None)
-        if held is None:  # not reached by this worker's batches; others may have a share
-            held = torch.zeros(target.out_features, target.in_features)
-        sums = _Sums()
-        for block in held.split(BLOCK_ROWS):
-            if group is not None:
-                dist.all_reduce(block, group=group)
-            sums.add(block)
-        return sums
-
-
-@contextmanager
-def _hooked(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
-    anchor = torch.zeros((), requires_grad=True)
-
-    def hook_for(path: str) -> Callable[..., Tensor]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            recorder.forwards[path] = recorder.forwards.get(path, 0) + 1
-            return _Probe.apply(output, inputs[0], anchor, lambda x, d: recorder.record(path, x, d))
-
-        return hook
-
-    handles = [
-        model.get_submodule(target.path).register_forward_hook(hook_for(target.path))
-        for target in recorder.targets
-    ]
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-        for handle in handles:
-            handle.remove()
-
-
-def measure_moments(
-    model: nn.Module,
-    targets: Sequence[Target],
-    microbatches: Sequence[Any],
-    loss_sum: LossSum,
-    num_supervised: int,
-    group: Any = None,
-    on_batch: Callable[[], None] = lambda: None,
-) -> tuple[list[LayerGradient], float, Literal["blocks", "accumulators"]]:
-    """Moments of ∂(mean loss)/∂W for every target, exact for the sum over all microbatches.
-
-    Args:
-        microbatches: of this worker.
-        loss_sum: (model, microbatch) → the *sum* of its sample (token) losses, a scalar.
-        num_supervised: samples (tokens) of all microbatches of all workers; the loss is divided
-            by it once, so the result depends on neither microbatch size nor number of workers.
-        group: process group of all workers, or None for one.
-        on_batch: called after each microbatch, to show that the worker lives.
-
-    Returns:
-        One entry per target, the mean loss, and the method used (see the module docstring).
-    """
-    recorder = _Recorder(targets, fires_once=group is None and len(microbatches) == 1)
-    total = torch.zeros((), dtype=torch.float64)
-    with _hooked(model, recorder), torch.enable_grad():
-        for batch in microbatches:
-            loss = loss_sum(model, batch) / num_supervised
+    def run(
+        self, model: nn.Module, r: Round, loss_of: LossSum, on_batch: Callable[[], None]
+    ) -> Tensor:
+        """Forward and backward of a round on this worker, and its gradients finished on all."""
+        total = torch.zeros((), dtype=torch.float64)
+        once_everywhere = self._agree(len(r.microbatches)) == 1
+        self._round, self._done, self._whole_at_once = r.folds, set(), frozenset()
+        for microbatch in r.microbatches:
+            self._rows = microbatch.rows
+            self._forwards.clear()
+            self._counting = True  # activation checkpointing runs forwards again in backward
+            loss = loss_of(model, microbatch.inputs)
+            self._counting = False
+            if once_everywhere and self._agree(dict(self._forwards)) is not None:
+                self._whole_at_once = frozenset(p for p, n in self._forwards.items() if n == 1)
             if loss.requires_grad:  # else it reaches no target: σ = 0, see require_usable
                 loss.backward()
             total += loss.detach().double().cpu()
             on_batch()
-    if group is not None:
-        dist.all_reduce(total, group=group)
-    method: Literal["blocks", "accumulators"] = (
-        "accumulators" if recorder.accumulators or group is not None else "blocks"
-    )
-    return recorder.finish(group), float(total), method
+        self._end_round()
+        return total
+
+    def fired(self, path: str) -> None:
+        if self._counting:
+            self._forwards[path] += 1
+
+    def _agree(self, value: Any) -> Any:
+        """The value, if all workers have the same one; else None. Collective."""
+        if self.group is None:
+            return value
+        values: list[Any] = [None] * dist.get_world_size(self.group)
+        dist.all_gather_object(values, value, group=self.group)
+        return value if all(other == value for other in values) else None
+
+    def record(self, path: str, x: Tensor, delta: Tensor) -> None:
+        target, self._device = self.targets[path], delta.device
+        shares = self._shares(path, x, delta)
+        if path not in self._whole_at_once:
+            for fold, xs, deltas in shares:
+                held = self._of_round.get((fold, path))
+                if held is None:
+                    self._of_round[fold, path] = deltas.T @ xs
+                else:
+                    held.addmm_(deltas.T, xs)
+            return
+        self._done.add(path)
+        for first in range(0, target.out_features, BLOCK_ROWS):
+            rows = slice(first, first + BLOCK_ROWS)
+            blocks = [(fold, self._reduced(d[:, rows].T @ xs)) for fold, xs, d in shares]
+            self._add(target, first, blocks, ends=len(shares) == self.num_folds)
+
+    def _shares(self, path: str, x: Tensor, delta: Tensor) -> list[tuple[int, Tensor, Tensor]]:
+        """Fold, x (tokens x in) and δ (tokens x out) of each fold of the round."""
+        xs, deltas = (t.detach().reshape(-1, t.shape[-1]).float() for t in (x, delta))
+        if len(self._round) == 1:
+            return [(self._round[0], xs, deltas)]
+        num_rows = sum(self._rows)
+        if len(xs) % num_rows or (x.dim() > 2 and x.shape[0] != num_rows):
+            raise ValueError(
+                "to tell folds apart, a target's input must run over the rows of the batch; "
+                f"{path} sees {tuple(x.shape)} for {num_rows} rows. Set calibration.num_folds=1, "
+                "or a microbatch_size below num_samples, so that each microbatch holds one fold."
+            )
+        sizes = [rows * (len(xs) // num_rows) for rows in self._rows]
+        return list(zip(self._round, xs.split(sizes), deltas.split(sizes), strict=True))
+
+    def _reduced(self, block: Tensor) -> Tensor:
+        """Summed over all workers: they visit targets and blocks in one order."""
+        if self.group is None:
+            return block
+        block = block.cpu().contiguous()
+        dist.all_reduce(block, group=self.group)
+        return block
+
+    def _add(
+        self, target: Target, first: int, blocks: Sequence[tuple[int, Tensor]], ends: bool
+    ) -> None:
+        """Whole blocks of some folds; ``ends``: these are all folds there are."""
+        if self.folds:
+            for fold, block in blocks:
+                self.folds[fold].add(target, first, block)
+        total = blocks[0][1]
+        for _, block in blocks[1:]:
+            total = total + block
+        if ends:
+            self.whole.add(target, first, total)
+            return
+        self.held_some = True
+        held = self._of_all.get(target.path)
+        if held is None:
+            shape = (target.out_features, target.in_features)
+            held = self._of_all[target.path] = torch.zeros(shape, device=total.device)
+        held[first : first + len(total)] += total
+
+    def _end_round(self) -> None:
+        """Whatever the round's targets didn't finish in backward, in the order of the targets."""
+        for path, target in self.targets.items():
+            if path in self._done:
+                continue
+            self.held_some = True
+            # not reached by this worker's batches: others may have a share
+            shares = [(f, self._of_round.pop((f, path), None)) for f in self._round]
+            for first in range(0, target.out_features, BLOCK_ROWS):
+                num = min(BLOCK_ROWS, target.out_features - first)
+                blocks = [
+                    (
+                        fold,
+                        self._reduced(
+                            torch.zeros(num, target.in_features, device=self._device)
+                            if held is None
+                            else held[first : first + num]
+                        ),
+                    )
+                    for fold, held in shares
+                ]
+                self._add(target, first, blocks, ends=len(shares) == self.num_folds)
+
+    def finish(self) -> None:
+        for path, target in self.targets.items():
+            held = self._of_all.pop(path, None)
+            if held is not None:
+                self.whole.add(target, 0, held)

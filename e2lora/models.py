@@ -1,8 +1,4 @@
-"""Pretrained models: loading with clear errors, structure without weights, and the targets in it.
-
-Targets are found by structure: ``nn.Linear`` modules below a numbered entry of an
-``nn.ModuleList``. No list of model names is kept.
-"""
+"""Pretrained models: loading with clear errors, and structure without weights."""
 
 from __future__ import annotations
 
@@ -10,6 +6,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +15,6 @@ from torch import nn
 
 from e2lora.assets import resolve
 from e2lora.config import ModelConfig
-from e2lora.moments import Target
 
 
 @dataclass(frozen=True)
@@ -35,8 +31,13 @@ class Base:
     fingerprint: str
 
 
-def load_base(config: ModelConfig, auto_class: Any, num_labels: int, dtype: torch.dtype) -> Base:
+def load_base(
+    config: ModelConfig, auto_class: Any, num_labels: int | None, dtype: torch.dtype
+) -> Base:
     """Load weights and tokenizer, freeze everything, find the freshly initialised head.
+
+    Args:
+        num_labels: of the label head; None for a model without one.
 
     Raises:
         FileNotFoundError, OSError, ValueError: no such model, no weights, or unusable overrides.
@@ -44,20 +45,29 @@ def load_base(config: ModelConfig, auto_class: Any, num_labels: int, dtype: torc
     from transformers import AutoTokenizer
 
     location = require_weights(config)
-    model, info = auto_class.from_pretrained(
-        location,
-        config=_model_config(config, num_labels),
-        revision=config.revision,
-        dtype=dtype,
-        output_loading_info=True,
-    )
+    model_config = _model_config(config, num_labels)
+    try:
+        model, info = auto_class.from_pretrained(
+            location,
+            config=model_config,
+            revision=config.revision,
+            dtype=dtype,
+            output_loading_info=True,
+        )
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # each file format raises its own kind
+        raise OSError(
+            f"a model's weights must be readable; those of {config.name!r} are not: "
+            f"{type(error).__name__}: {error}. Take another copy of its files."
+        ) from error
     model.requires_grad_(False)
     head = _head_modules(model, info["missing_keys"])
     tokenizer = AutoTokenizer.from_pretrained(location, revision=config.revision)
     return Base(model, tokenizer, head, weights_fingerprint(model, skip=head))
 
 
-def load_structure(config: ModelConfig, auto_class: Any, num_labels: int) -> nn.Module:
+def load_structure(config: ModelConfig, auto_class: Any, num_labels: int | None) -> nn.Module:
     """The model on the meta device: shapes and names, no weights, whatever its size."""
     require_weights(config)
     model_config = _model_config(config, num_labels)
@@ -87,12 +97,13 @@ def require_weights(config: ModelConfig) -> str:
     return location
 
 
-def _model_config(config: ModelConfig, num_labels: int) -> Any:
+def _model_config(config: ModelConfig, num_labels: int | None) -> Any:
     from transformers import AutoConfig
 
+    labels = {} if num_labels is None else {"num_labels": num_labels}
     try:
         loaded = AutoConfig.from_pretrained(
-            resolve(config.name), revision=config.revision, num_labels=num_labels
+            resolve(config.name), revision=config.revision, **labels
         )
     except OSError as error:
         raise OSError(
@@ -149,71 +160,21 @@ def in_float32(model: nn.Module) -> Iterator[None]:
 
 
 def weights_fingerprint(model: nn.Module, skip: Sequence[str] = ()) -> str:
-    """Sixteen hex digits of all parameters' names, shapes and bits, those of ``skip`` left out.
+    """Sixteen hex digits of all weights' names, shapes and bits, those of ``skip`` left out.
+
+    Weights are the parameters and what else a checkpoint holds: quantised ones lie in buffers.
 
     The bits of a tensor enter as the wrapped sum of its words: one pass, no copy, and any single
     changed weight shows.
     """
     digest = hashlib.sha256()
     words = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    for name, parameter in model.named_parameters():
+    kept = model.state_dict().keys()
+    buffers = ((name, buffer) for name, buffer in model.named_buffers() if name in kept)
+    for name, parameter in chain(model.named_parameters(), buffers):
         if any(name == module or name.startswith(f"{module}.") for module in skip):
             continue
         bits = parameter.detach().contiguous().view(words[parameter.element_size()])
         total = int(bits.sum(dtype=torch.int64))
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {total}\n".encode())
     return digest.hexdigest()[:16]
-
-
-def find_targets(model: nn.Module, target_modules: Sequence[str]) -> tuple[Target, ...]:
-    """Every linear module in a numbered layer whose path ends in one of ``target_modules``.
-
-    Raises:
-        ValueError: a name that matches nothing; the message lists what could be named.
-    """
-    candidates = list(_linears_in_layers(model))
-    found: dict[str, Target] = {}
-    for name in target_modules:
-        matches = [c for c in candidates if c.path == name or c.path.endswith(f".{name}")]
-        if not matches:
-            names = sorted({candidate.path.rpartition(".")[2] for candidate in candidates})
-            known = ", ".join(names) or "none"
-            raise ValueError(
-                "each of `target_modules` must end the path of a linear module inside the "
-                f"numbered layers; {name!r} matches none. This model has: {known}."
-            )
-        found |= {match.path: match for match in matches}
-    return _one_shape_per_type([c for c in candidates if c.path in found])
-
-
-def _linears_in_layers(model: nn.Module) -> Iterator[Target]:
-    for path, module in model.named_modules():
-        if not isinstance(module, nn.Linear):
-            continue
-        parts = path.split(".")
-        for position, part in enumerate(parts):
-            parent = model.get_submodule(".".join(parts[:position]))
-            if part.isdigit() and isinstance(parent, nn.ModuleList):
-                yield Target(
-                    path=path,
-                    module_type=".".join([*parts[:position], "*", *parts[position + 1 :]]),
-                    layer=int(part),
-                    in_features=module.in_features,
-                    out_features=module.out_features,
-                )
-                break
-
-
-def _one_shape_per_type(targets: Sequence[Target]) -> tuple[Target, ...]:
-    """Split a module type whose layers differ in shape: only equal shapes can share."""
-    shapes: dict[str, set[tuple[int, int]]] = {}
-    for t in targets:
-        shapes.setdefault(t.module_type, set()).add((t.out_features, t.in_features))
-    return tuple(
-        t
-        if len(shapes[t.module_type]) == 1
-        else t.model_copy(
-            update={"module_type": f"{t.module_type} ({t.out_features}x{t.in_features})"}
-        )
-        for t in targets
-    )

@@ -2,20 +2,23 @@
 
 Of each target's gradient G = ∂(mean loss)/∂W four numbers are kept: count, mean, population
 standard deviation and mean absolute value. They merge exactly, so the joint statistics of two
-layers (those of their concatenated gradients) never need the gradients again.
+layers (those of their concatenated gradients) never need the gradients again. On request a profile
+also holds inner products and distances of all pairs of layers of a module type, and each number
+again for disjoint folds of the calibration rows.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Final, Literal
 
 from pydantic import Field
 
 from e2lora.config import Frozen
 
-PROFILE_VERSION: Final = 1
+PROFILE_VERSION: Final = 2
 HALF_LOG_2PI_E = 0.5 * math.log(2 * math.pi) + 0.5
 
 
@@ -77,10 +80,43 @@ class Target(Frozen):
 
 
 class LayerGradient(Frozen):
-    """What the profile keeps of one target's gradient."""
+    """What the profile keeps of one target's gradient.
+
+    ``parts`` are those of a fused projection: the rows that make q, k and v. They are recorded to
+    be looked at; plans treat a fused projection as the one module that it is.
+    """
 
     target: Target
     moments: Moments
+    parts: dict[str, Moments] = Field(default={})
+
+
+class PairStatistics(Frozen):
+    """All pairs of layers of one module type: (N, N) matrices over its layers in order.
+
+    ``inner`` are inner products of the flattened gradients, ``l1`` and ``l2`` their distances.
+    """
+
+    layers: tuple[int, ...]
+    inner: tuple[tuple[float, ...], ...]
+    l1: tuple[tuple[float, ...], ...]
+    l2: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
+class TypeGradients:
+    """What is known of the gradients of some layers of one module type, in order of depth.
+
+    ``rows`` are the layers' places in the matrices of ``pairs``.
+    """
+
+    moments: tuple[Moments, ...]
+    pairs: PairStatistics | None = None
+    rows: tuple[int, ...] = ()
+
+    @property
+    def entropies(self) -> list[float]:
+        return [moments.entropy for moments in self.moments]
 
 
 class Provenance(Frozen):
@@ -92,21 +128,70 @@ class Provenance(Frozen):
     num_samples: int
     num_supervised: int = Field(description="samples in classification, tokens in language models")
     seed: int = Field(description="of the calibration sample and of a freshly initialised head")
-    dtype: str
+    dtype: str = Field(description="of forward and backward; what is kept is summed in float64")
     mean_loss: float
     method: Literal["blocks", "accumulators"] = Field(
         description="`blocks`: no gradient was held; `accumulators`: a float32 sum per target"
+    )
+    num_passes: int = Field(
+        default=1, description="over the same rows, so that held gradients kept their limit"
     )
     num_workers: int
     versions: dict[str, str]
 
 
+class Fold(Frozen):
+    """The numbers of one disjoint part of the calibration rows, layer by layer as the profile's."""
+
+    num_samples: int
+    num_supervised: int
+    moments: tuple[Moments, ...]
+    pairs: dict[str, PairStatistics] = Field(default={})
+
+
 class GradientProfile(Frozen):
     """The expensive artefact, measured once per model, task and seed: ``profile.json``."""
 
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     provenance: Provenance
     layers: tuple[LayerGradient, ...]
+    pairs: dict[str, PairStatistics] = Field(default={}, description="by module type")
+    folds: tuple[Fold, ...] = ()
+    layers_without: dict[str, tuple[int, ...]] = Field(
+        default={}, description="module type → layers of its stack that don't have it"
+    )
+
+    @property
+    def places(self) -> dict[Target, int]:
+        return {entry.target: place for place, entry in enumerate(self.layers)}
+
+    def require_covers(self, targets: Iterable[Target]) -> None:
+        """Refuse targets that this profile doesn't know, or knows with another shape.
+
+        Raises:
+            ValueError: naming them.
+        """
+        known = self.places
+        missing = [target.path for target in targets if target not in known]
+        if missing:
+            raise ValueError(
+                "the profile must cover every target with the same shape; it lacks "
+                f"{len(missing)}: {', '.join(missing[:5])}. Measure the profile again for this "
+                "model and these `target_modules`."
+            )
+
+    def gradients_of(self, targets: Sequence[Target], fold: int | None = None) -> TypeGradients:
+        """The gradients of targets of one module type, over all rows or those of one fold."""
+        known = self.places
+        places = [known[target] for target in targets]
+        part = self if fold is None else self.folds[fold]
+        pairs = part.pairs.get(targets[0].module_type)
+        if isinstance(part, Fold):
+            moments = tuple(part.moments[place] for place in places)
+        else:
+            moments = tuple(self.layers[place].moments for place in places)
+        rows = tuple(pairs.layers.index(target.layer) for target in targets) if pairs else ()
+        return TypeGradients(moments, pairs, rows)
 
     def by_module_type(self) -> dict[str, list[LayerGradient]]:
         """Layers of each module type, in order of depth."""

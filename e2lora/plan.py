@@ -6,18 +6,27 @@ it was made from, and is checked against a model both ways before it is used.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from e2lora.config import AdapterConfig, Frozen, PlanConfig
-from e2lora.moments import GradientProfile, Moments, Provenance, Target, require_usable
-from e2lora.partition import NEEDS_PROFILE, TOPOLOGIES
-from e2lora.ranks import ALLOCATIONS, BUDGETS, allocate_ranks
+from e2lora.moments import (
+    GradientProfile,
+    LayerGradient,
+    Provenance,
+    Target,
+    TypeGradients,
+    require_usable,
+)
+from e2lora.partition import TOPOLOGIES, Partition, Stack, explicit_groups, names_type
+from e2lora.ranks import ALLOCATIONS, BUDGETS, NEGLIGIBLE_SPREAD, allocate_ranks
+from e2lora.stability import Stability, TypeSharing, compare_folds
 
-PLAN_VERSION: Final = 1
+PLAN_VERSION: Final = 2
 
 
 class Group(Frozen):
@@ -30,23 +39,44 @@ class Group(Frozen):
 
 
 class Budget(Frozen):
-    """What one module type could spend and did: in units of the plan's budget option."""
+    """What one module type could spend, and did, in the units of the plan's budget option.
+
+    ``shortfall`` is less than the next grant would have cost, unless every rank is at its limit.
+    """
 
     module_type: str
     available: int
     spent: int
+    shortfall: int
 
 
 class SharingPlan(Frozen):
     """The cheap artefact: ``plan.json``."""
 
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     options: PlanConfig
     profile_fingerprint: str | None = Field(description="None where no profile was needed")
     measured_on: Provenance | None = Field(default=None, description="the profile's provenance")
     targets: tuple[Target, ...]
     groups: tuple[Group, ...]
-    budgets: tuple[Budget, ...] = ()
+    budgets: tuple[Budget, ...] = Field(default=(), description="where ranks were allocated")
+    parameters: int = Field(description="of LoRA by this plan: per group r (in + out)")
+    lora_parameters: int = Field(description="of plain LoRA at the base rank, for comparison")
+    stability: Stability | None = Field(
+        default=None, description="over the profile's folds; None where there are none to compare"
+    )
+    notes: tuple[str, ...] = Field(default=(), description="what a reader should know of it")
+
+    @model_validator(mode="after")
+    def _counts_are_those_of_the_groups(self) -> SharingPlan:
+        shapes = {t.module_type: t.in_features + t.out_features for t in self.targets}
+        counted = sum(g.r * shapes.get(g.module_type, 0) for g in self.groups)
+        if counted != self.parameters:
+            raise ValueError(
+                f"a plan's `parameters` must be those of its groups, {counted:,}; got "
+                f"{self.parameters:,}. The file was edited: build the plan again."
+            )
+        return self
 
     def groups_of(self, module_type: str) -> list[Group]:
         return [group for group in self.groups if group.module_type == module_type]
@@ -70,77 +100,191 @@ def build_plan(
     """Partition each module type into groups and give each its rank.
 
     Args:
-        targets: every weight to adapt, e.g. from :func:`e2lora.models.find_targets`.
-        profile: needed by the topologies in ``NEEDS_PROFILE``, ignored by the others.
+        targets: every weight to adapt, e.g. from :func:`e2lora.targets.find_targets`.
+        profile: needed where ``options.needs_profile``, ignored otherwise.
 
     Raises:
-        ValueError: a rank above a weight's size, a block longer than its stack, or a profile
-            that is missing, belongs to other targets or holds a dead gradient.
+        ValueError: what :func:`require_possible` refuses; a profile that is missing, belongs to
+            other targets, holds a dead gradient, or doesn't suit similarity or allocation.
     """
-    types: dict[str, list[Target]] = {}
-    for target in targets:
-        types.setdefault(target.module_type, []).append(target)
-
-    needs_profile = options.topology in NEEDS_PROFILE
-    moments = _moments_by_path(targets, profile, options.topology) if needs_profile else {}
+    require_possible(targets, options)
+    if not options.needs_profile:
+        profile = None
+    elif profile is None:
+        raise ValueError(
+            f"topology {options.topology!r} with allocation {options.rank_allocation!r} decides by "
+            "gradients and needs a gradient profile; none was given. Measure one with "
+            "`jobs/plan.py` or `e2lora.profile.measure_profile`."
+        )
+    else:
+        profile.require_covers(targets)
+        known = {entry.target: entry for entry in profile.layers}
+        require_usable(known[target] for target in targets)
     groups: list[Group] = []
     budgets: list[Budget] = []
-    for module_type, members in types.items():
-        members = sorted(members, key=lambda t: t.layer)
-        max_rank = min(members[0].in_features, members[0].out_features)
-        if options.r > max_rank:
-            raise ValueError(
-                f"the rank must not exceed min(in, out) of a weight; got r={options.r} for "
-                f"{module_type} ({members[0].out_features} x {members[0].in_features}). "
-                f"Use r <= {max_rank}, or take it out of `target_modules`."
+    notes: list[str] = []
+    for module_type, members in _by_type(targets).items():
+        gradients = profile.gradients_of(members) if profile else None
+        stack = Stack(module_type, tuple(t.layer for t in members), gradients)
+        shared = _share(stack, options, _max_rank(members))
+        budgets += [shared.budget] if shared.budget else []
+        notes += [f"{module_type}: {shared.note}"] if shared.note else []
+        groups += [
+            Group(
+                module_type=module_type,
+                layers=tuple(stack.layers[k] for k in positions),
+                r=r,
+                lora_alpha=_alpha(options, r),
             )
-        layer_moments = [moments[t.path] for t in members] if needs_profile else None
-        partition = TOPOLOGIES[options.topology](len(members), options, layer_moments)
-        ranks = [options.r] * len(partition)
-        if layer_moments is not None:
-            available, costs = BUDGETS[options.budget]([len(i) for i in partition], options.r)
-            entropies = [max(layer_moments[k].entropy for k in interval) for interval in partition]
-            weights = ALLOCATIONS[options.allocation](entropies, options.beta)
-            ranks = allocate_ranks(weights, costs, available, max_rank)
-            spent = sum(c * r for c, r in zip(costs, ranks, strict=True))
-            budgets.append(Budget(module_type=module_type, available=available, spent=spent))
-        for interval, r in zip(partition, ranks, strict=True):
-            groups.append(
-                Group(
-                    module_type=module_type,
-                    layers=tuple(members[k].layer for k in interval),
-                    r=r,
-                    lora_alpha=options.lora_alpha * r / options.r,
-                )
-            )
+            for positions, r in zip(shared.partition, shared.ranks, strict=True)
+        ]
+    shapes = {t.module_type: t.in_features + t.out_features for t in targets}
+    stability = None
+    if profile and len(profile.folds) > 1:
+        try:
+            stability = _stability(targets, options, profile)
+        except ValueError as error:
+            notes.append(f"stability is not known, since a fold alone gives no plan: {error}")
     return SharingPlan(
         options=options,
-        profile_fingerprint=profile.fingerprint() if profile and needs_profile else None,
-        measured_on=profile.provenance if profile and needs_profile else None,
+        profile_fingerprint=profile.fingerprint() if profile else None,
+        measured_on=profile.provenance if profile else None,
         targets=tuple(targets),
         groups=tuple(groups),
         budgets=tuple(budgets),
+        parameters=sum(group.r * shapes[group.module_type] for group in groups),
+        lora_parameters=sum(options.r * (t.in_features + t.out_features) for t in targets),
+        stability=stability,
+        notes=tuple(notes),
     )
 
 
-def _moments_by_path(
-    targets: Sequence[Target], profile: GradientProfile | None, topology: str
-) -> dict[str, Moments]:
-    if profile is None:
+def require_possible(targets: Sequence[Target], options: PlanConfig) -> None:
+    """Check all of a plan's options that can be checked without gradients.
+
+    Raises:
+        ValueError: a rank above a weight's size; a block, stride or number of intervals above the
+            layers there are; explicit groups that don't hold every layer once.
+    """
+    types = _by_type(targets)
+    for module_type, members in types.items():
+        max_rank, first = _max_rank(members), members[0]
+        stack = Stack(module_type, tuple(t.layer for t in members))
+        asked = [options.r, *(g.r for g in explicit_groups(stack, options) if g.r is not None)]
+        if max(asked) > max_rank:
+            raise ValueError(
+                f"the rank must not exceed min(in, out) of a weight; got r={max(asked)} for "
+                f"{module_type} ({first.out_features} x {first.in_features}). "
+                f"Use r <= {max_rank}, or take it out of `target_modules`."
+            )
+        if not options.needs_similarity:
+            TOPOLOGIES[options.topology](stack, options)
+    idle = [
+        group.module
+        for group in options.groups or ()
+        if not any(names_type(group.module, module_type) for module_type in types)
+    ]
+    if idle:
         raise ValueError(
-            f"topology {topology!r} partitions by gradients and needs a gradient profile; "
-            "none was given. Measure one with `e2lora.profile.measure_profile`."
+            f"each of explicit `groups` must name a module type that is adapted; {idle} name none "
+            f"of {list(types)}. Correct them, or `target_modules`."
         )
-    known = {entry.target: entry for entry in profile.layers}
-    missing = [target.path for target in targets if target not in known]
-    if missing:
-        raise ValueError(
-            "the profile must cover every target with the same shape; it lacks "
-            f"{len(missing)}: {', '.join(missing[:5])}. Measure the profile again for this model "
-            "and these `target_modules`."
+
+
+class _Shared(NamedTuple):
+    """One module type: positions that share, their ranks, what was spent, and what to note."""
+
+    partition: Partition
+    ranks: list[int]
+    budget: Budget | None = None
+    note: str = ""
+
+
+def _share(stack: Stack, options: PlanConfig, max_rank: int) -> _Shared:
+    partition = TOPOLOGIES[options.topology](stack, options)
+    if options.rank_allocation == "uniform":
+        own = [group.r for group in explicit_groups(stack, options)] or [None] * len(partition)
+        return _Shared(partition, [r or options.r for r in own])
+    assert stack.gradients is not None  # build_plan asks for a profile first
+    entropies = stack.gradients.entropies
+    highest = [max(entropies[k] for k in positions) for positions in partition]
+    weights = ALLOCATIONS[options.rank_allocation](highest, min(entropies), options.beta)
+    available, costs = BUDGETS[options.budget]([len(part) for part in partition], options.r)
+    ranks = allocate_ranks(weights, costs, available, max_rank)
+    spent = sum(cost * r for cost, r in zip(costs, ranks, strict=True))
+    note = ""
+    spread = max(highest) - min(highest)
+    if options.rank_allocation == "softmax" and 0 < spread < NEGLIGIBLE_SPREAD:
+        note = (
+            f"the entropies of its intervals lie within {spread:.1g} nats, yet allocation "
+            "'softmax' spreads their weights by e²; 'entropy_power' would not."
         )
-    require_usable(known[target] for target in targets)
-    return {target.path: known[target].moments for target in targets}
+    budget = Budget(
+        module_type=stack.module_type,
+        available=available,
+        spent=spent,
+        shortfall=available - spent,
+    )
+    return _Shared(partition, ranks, budget, note)
+
+
+def _alpha(options: PlanConfig, r: int) -> float:
+    """What keeps the adapter's scale that of the base rank: α/r, or α/√r under rsLoRA."""
+    ratio = r / options.r
+    return options.lora_alpha * (math.sqrt(ratio) if options.use_rslora else ratio)
+
+
+def _stability(
+    targets: Sequence[Target], options: PlanConfig, profile: GradientProfile
+) -> Stability:
+    adapted, folds = set(targets), range(len(profile.folds))
+    for fold in profile.folds:
+        require_usable(
+            LayerGradient(target=entry.target, moments=moments)
+            for entry, moments in zip(profile.layers, fold.moments, strict=True)
+            if entry.target in adapted
+        )
+    whole, *parts = (
+        {
+            name: _sharing(members, options, profile.gradients_of(members, fold))
+            for name, members in _by_type(targets).items()
+        }
+        for fold in (None, *folds)
+    )
+    return compare_folds(
+        whole,
+        parts,
+        samples_per_fold=min(fold.num_samples for fold in profile.folds),
+        r=options.r,
+        cuts_vary=options.needs_similarity,
+    )
+
+
+def _sharing(
+    members: Sequence[Target], options: PlanConfig, gradients: TypeGradients
+) -> TypeSharing:
+    layers = tuple(target.layer for target in members)
+    stack = Stack(members[0].module_type, layers, gradients)
+    partition, ranks, *_ = _share(stack, options, _max_rank(members))
+    group_of = {k: number for number, positions in enumerate(partition) for k in positions}
+    order = range(len(layers))
+    return TypeSharing(
+        layers,
+        tuple(group_of[k] for k in order),
+        tuple(ranks[group_of[k]] for k in order),
+    )
+
+
+def _by_type(targets: Sequence[Target]) -> dict[str, list[Target]]:
+    """Targets of each module type, in order of depth."""
+    types: dict[str, list[Target]] = {target.module_type: [] for target in targets}
+    for target in sorted(targets, key=lambda t: t.layer):
+        types[target.module_type].append(target)
+    return types
+
+
+def _max_rank(members: Sequence[Target]) -> int:
+    return min(members[0].in_features, members[0].out_features)
 
 
 def require_plan_fits(plan: SharingPlan, targets: Sequence[Target]) -> None:

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+import json
+from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from e2lora.config import TrialConfig
-from e2lora.data import calibration_rows, microbatches_of
-from e2lora.gradients import measure_moments
-from e2lora.models import Base, find_targets, in_float32, reset_head
-from e2lora.moments import GradientProfile, Provenance
-from e2lora.tasks import TrialData
+import e2lora
+from e2lora.config import CalibrationConfig, TrialConfig, fingerprint_of
+from e2lora.data import calibration_folds
+from e2lora.gradients import Microbatch, OnBatch, Probing, Round, measure_gradients
+from e2lora.models import Base, in_float32, reset_head
+from e2lora.moments import GradientProfile, Provenance, Target
+from e2lora.profile_cache import ProfileCache
+from e2lora.targets import find_targets, fused_parts, layers_without
+from e2lora.tasks import Features, TrialData
+
+MATHS = ("data", "gradients", "moments", "probe", "profile", "sums", "targets")
+"""The rooms whose code decides a profile's numbers."""
 
 
 def measure_profile(
@@ -21,45 +30,148 @@ def measure_profile(
     data: TrialData,
     config: TrialConfig,
     group: Any = None,
-    on_batch: Callable[[], None] = lambda: None,
+    on_batch: OnBatch = lambda done, total: None,
+    cache: ProfileCache | None = None,
 ) -> GradientProfile:
     """The gradient profile of a model on a task, for the trial's seed and target modules.
 
-    Forward and backward run in float32 whatever the weights are stored in.
+    Forward and backward run in float32 whatever the weights are stored in (quantised weights
+    compute as they do). A profile that ``cache`` holds is not measured again.
+
+    Args:
+        group: process group of all workers, or None for one. Each takes its share of every fold.
+        on_batch: called after each microbatch with how many are done, and of how many.
     """
+    rank = dist.get_rank(group) if group else 0
+    targets = find_targets(base.model, config.adapter.target_modules)
+    calibration = config.plan.calibration
+    numbers = calibration_folds(
+        data.lengths, calibration.num_samples, calibration.num_folds, config.seed
+    )
+    folds = [[data.train[i] for i in fold] for fold in numbers]
+    key = _cache_key(base, config, targets, folds)
+    box = [cache.load(key) if cache and rank == 0 else None]
+    if cache and group:
+        dist.broadcast_object_list(box, src=dist.get_global_rank(group, 0), group=group)
+    if box[0] is not None:
+        return box[0]
+    profile = _measure(base, data, config, targets, folds, group, on_batch)
+    if cache and rank == 0:
+        cache.store(key, profile)
+    return profile
+
+
+def _measure(
+    base: Base,
+    data: TrialData,
+    config: TrialConfig,
+    targets: Sequence[Target],
+    folds: Sequence[Sequence[Features]],
+    group: Any,
+    on_batch: OnBatch,
+) -> GradientProfile:
     rank, world = (dist.get_rank(group), dist.get_world_size(group)) if group else (0, 1)
     calibration, task = config.plan.calibration, data.task
     reset_head(base.model, base.head, config.seed)
-    targets = find_targets(base.model, config.adapter.target_modules)
-    numbers = calibration_rows(len(data.train), calibration.num_samples, config.seed)
-    rows = [data.train[i] for i in numbers]
-    rows.sort(key=lambda row: len(row["input_ids"]))
-    (mine,) = microbatches_of(rows, rank, world, num=1)
-    size = calibration.microbatch_size
-    batches = [
-        {
-            key: value.to(base.model.device)
-            for key, value in task.collate(mine[i : i + size], base.tokenizer).items()
-        }
-        for i in range(0, len(mine), size)
+
+    def collate(rows: Sequence[Features]) -> dict[str, Any]:
+        batch = task.collate(rows, base.tokenizer)
+        return {key: value.to(base.model.device) for key, value in batch.items()}
+
+    rounds = [
+        Round(numbers, tuple(Microbatch(collate(rows), counts) for rows, counts in microbatches))
+        for numbers, microbatches in calibration_rounds(folds, calibration, rank, world)
     ]
+    supervised = [task.num_supervised(rows) for rows in folds]
     with in_float32(base.model):
-        layers, mean_loss, method = measure_moments(
-            base.model, targets, batches, task.loss_sum, task.num_supervised(rows), group, on_batch
+        measured = measure_gradients(
+            base.model,
+            targets,
+            rounds,
+            task.loss_sum,
+            [len(rows) for rows in folds],
+            supervised,
+            Probing(
+                parts=fused_parts(base.model, targets),
+                pairwise=calibration.pairwise,
+                checkpointing=calibration.checkpointing,
+                max_held_bytes=calibration.max_held_gib * 2**30,
+            ),
+            group,
+            on_batch,
         )
+        dtype = str(base.model.dtype).removeprefix("torch.")
     return GradientProfile(
-        layers=tuple(layers),
+        layers=measured.layers,
+        pairs=measured.pairs,
+        folds=measured.folds,
+        layers_without=layers_without(base.model, targets),
         provenance=Provenance(
             model=config.model.name,
             model_fingerprint=base.fingerprint,
             task=config.task.display_name,
-            num_samples=len(rows),
-            num_supervised=task.num_supervised(rows),
+            num_samples=sum(map(len, folds)),
+            num_supervised=sum(supervised),
             seed=config.seed,
-            dtype=str(base.model.dtype).removeprefix("torch."),
-            mean_loss=mean_loss,
-            method=method,
+            dtype=dtype,
+            mean_loss=measured.mean_loss,
+            method=measured.method,
+            num_passes=measured.num_passes,
             num_workers=world,
-            versions={name: version(name) for name in ("torch", "transformers", "datasets")},
+            versions=_versions(),
         ),
     )
+
+
+Share = tuple[list[Features], tuple[int, ...]]
+
+
+def calibration_rounds(
+    folds: Sequence[Sequence[Features]], calibration: CalibrationConfig, rank: int, world: int
+) -> list[tuple[tuple[int, ...], list[Share]]]:
+    """Folds in rounds, and this worker's microbatches: rows, and how many are of each fold.
+
+    One microbatch with all folds where it holds every worker's share, so that no gradient need be
+    held; else a round per fold, cut into microbatches.
+    """
+    size = calibration.microbatch_size
+    mine = [list(fold[rank::world]) for fold in folds]
+    if sum(-(-len(fold) // world) for fold in folds) <= size:
+        rows = [row for share in mine for row in share]
+        shares = [(rows, tuple(map(len, mine)))] if rows else []
+        return [(tuple(range(len(folds))), shares)]
+    return [
+        (
+            (number,),
+            [(part, (len(part),)) for i in range(0, len(s), size) if (part := s[i : i + size])],
+        )
+        for number, s in enumerate(mine)
+    ]
+
+
+def _cache_key(
+    base: Base, config: TrialConfig, targets: Sequence[Target], folds: Sequence[Sequence[Features]]
+) -> str:
+    """Names all that decides a profile: weights, head, rows, targets, options, code, versions."""
+    rows = hashlib.sha256(json.dumps(folds, sort_keys=True).encode()).hexdigest()
+    return fingerprint_of(
+        [
+            [config.model.model_dump(mode="json"), base.fingerprint, list(base.head), config.seed],
+            [config.task.model_dump(mode="json"), rows],
+            [target.model_dump(mode="json") for target in targets],
+            config.plan.calibration.model_dump(mode="json"),
+            maths_version(),
+            _versions(),
+        ]
+    )
+
+
+def maths_version() -> str:
+    """Changes with any change to the code that decides a profile's numbers."""
+    (folder,) = e2lora.__path__
+    sources = [(Path(folder) / f"{room}.py").read_text(encoding="utf-8") for room in MATHS]
+    return fingerprint_of(sources)
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("torch", "transformers", "datasets")}

@@ -1,4 +1,7 @@
-"""Integer ranks of the intervals of one module type under a budget (E² rank allocation, HRA)."""
+"""Integer ranks of the intervals of one module type under a budget (E² rank allocation, HRA).
+
+Entropies → positive weights (``ALLOCATIONS``) → ranks whose price keeps a budget (``BUDGETS``).
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,17 @@ import heapq
 import math
 from collections.abc import Callable, Sequence
 
+from e2lora.moments import HALF_LOG_2PI_E
 
-def entropy_power(entropies: Sequence[float], beta: float) -> list[float]:
+TEMPERATURE = 0.5
+NEGLIGIBLE_SPREAD = 0.01
+"""Nats: entropies closer than this differ by less than 1 % in σ."""
+
+
+def entropy_power(entropies: Sequence[float], lowest: float, beta: float) -> list[float]:
     """Weights e^(βH), relative to the largest: proportional to σ^β; β = 0 is uniform.
 
-    >>> entropy_power([0.0, math.log(4.0)], beta=0.5)
+    >>> entropy_power([0.0, math.log(4.0)], lowest=0.0, beta=0.5)
     [0.5, 1.0]
     """
     if beta < 0:
@@ -19,6 +28,58 @@ def entropy_power(entropies: Sequence[float], beta: float) -> list[float]:
         )
     highest = max(entropies)
     return [math.exp(beta * (entropy - highest)) for entropy in entropies]
+
+
+def softmax(entropies: Sequence[float], lowest: float, beta: float) -> list[float]:
+    """Softmax at temperature 0.5 of entropies normalised to [0, 1] over the intervals (GoRA's).
+
+    However close the entropies are, the weights span a ratio of e²; equal ones are uniform.
+
+    >>> [round(weight, 3) for weight in softmax([-8.0, -7.0], lowest=-9.0, beta=0.5)]
+    [0.119, 0.881]
+    """
+    low, spread = min(entropies), max(entropies) - min(entropies)
+    if spread == 0.0:
+        return [1.0 / len(entropies)] * len(entropies)
+    powers = [math.exp((entropy - low) / spread / TEMPERATURE) for entropy in entropies]
+    return [power / math.fsum(powers) for power in powers]
+
+
+def shifted(entropies: Sequence[float], lowest: float, beta: float) -> list[float]:
+    """H − H_min + ½ log 2π + ½, with H_min (``lowest``) over the type's layers.
+
+    >>> [round(weight, 3) for weight in shifted([-8.0, -7.0], lowest=-8.0, beta=0.5)]
+    [1.419, 2.419]
+    """
+    return [entropy - lowest + HALF_LOG_2PI_E for entropy in entropies]
+
+
+def literal(entropies: Sequence[float], lowest: float, beta: float) -> list[float]:
+    """H over the sum of all H, as printed. With negative H, more information gets *less* weight.
+
+    Raises:
+        ValueError: entropies of both signs, or of 0, which give no positive weights.
+
+    >>> literal([-6.0, -2.0], lowest=-6.0, beta=0.5)
+    [0.75, 0.25]
+    """
+    if not (max(entropies) < 0 or min(entropies) > 0):
+        raise ValueError(
+            "allocation 'literal' divides entropies by their sum and needs them all of one sign; "
+            f"got some between {min(entropies):+.3f} and {max(entropies):+.3f}. Use "
+            "allocation='entropy_power'."
+        )
+    total = math.fsum(entropies)
+    return [entropy / total for entropy in entropies]
+
+
+ALLOCATIONS: dict[str, Callable[[Sequence[float], float, float], list[float]]] = {
+    "entropy_power": entropy_power,
+    "softmax": softmax,
+    "shifted": shifted,
+    "literal": literal,
+}
+"""Name → (entropies of the intervals, lowest entropy of the type's layers, beta) → weights."""
 
 
 def layer_budget(lengths: Sequence[int], r: int) -> tuple[int, list[int]]:
@@ -30,10 +91,30 @@ def layer_budget(lengths: Sequence[int], r: int) -> tuple[int, list[int]]:
     return sum(lengths) * r, list(lengths)
 
 
-ALLOCATIONS: dict[str, Callable[[Sequence[float], float], list[float]]] = {
-    "entropy_power": entropy_power
+def interval_budget(lengths: Sequence[int], r: int) -> tuple[int, list[int]]:
+    """The ranks of the intervals average ``r``.
+
+    >>> interval_budget([2, 1], r=4)
+    (8, [1, 1])
+    """
+    return len(lengths) * r, [1] * len(lengths)
+
+
+def parameter_budget(lengths: Sequence[int], r: int) -> tuple[int, list[int]]:
+    """As many parameters as LoRA has at ``r`` in every layer: the printed formula, read literally.
+
+    >>> parameter_budget([2, 1], r=4)
+    (12, [1, 1])
+    """
+    return sum(lengths) * r, [1] * len(lengths)
+
+
+BUDGETS: dict[str, Callable[[Sequence[int], int], tuple[int, list[int]]]] = {
+    "layer": layer_budget,
+    "interval": interval_budget,
+    "parameter": parameter_budget,
 }
-BUDGETS: dict[str, Callable[[Sequence[int], int], tuple[int, list[int]]]] = {"layer": layer_budget}
+"""Name → (lengths of the intervals, base rank) → what may be spent, and what a rank costs each."""
 
 
 def allocate_ranks(

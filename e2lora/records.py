@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from e2lora.config import Frozen, ModelConfig, Objective, TaskConfig, TrialConfig
+from e2lora.config import AnyTaskConfig, Frozen, ModelConfig, Objective, TrialConfig
 from e2lora.plan import SharingPlan
 
 
@@ -60,7 +60,7 @@ class StudyRecord(Frozen):
     name: str
     space: str
     models: tuple[ModelConfig, ...]
-    tasks: tuple[TaskConfig, ...]
+    tasks: tuple[AnyTaskConfig, ...]
     objectives: tuple[Objective, ...]
     budgets: tuple[int, ...]
     seeds: tuple[int, ...]

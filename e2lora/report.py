@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from e2lora.config import Objective, TrialConfig
-from e2lora.figures import draw_plan, draw_similarity
+from e2lora.config import Objective, PlanConfig, TrialConfig
+from e2lora.figures import draw_ranks, draw_similarity
 from e2lora.front import Point, draw_front, styles_of
 from e2lora.moments import GradientProfile
+from e2lora.plan import SharingPlan, build_plan
 from e2lora.records import StudyFolder, StudyRecord, TrialFolder, TrialResult
 from e2lora.tables import html_page, markdown_section, text_section
 from e2lora.verdict import REFERENCE, Scored, Section, Unscored, write_verdict
@@ -182,11 +183,12 @@ def _pictures(folder: StudyFolder, section: Section, suffix: str) -> list[Path]:
     plan = trial.plan() if trial and trial.plan_file.exists() else None
     if best and plan:
         files.append(folder.report / f"plans{suffix}.png")
-        draw_plan(files[-1], plan, f"{best.system} r={best.r} (trial {best.number})")
+        draw_ranks(files[-1], {"": plan}, f"{best.system} r={best.r} (trial {best.number})")
     profile = _profile_of(folder, section, plan.profile_fingerprint if plan else None)
     if profile:
         files.append(folder.report / f"similarity{suffix}.png")
-        draw_similarity(files[-1], profile, "rmi", section.title)
+        shown = plan or _plan_of(profile)
+        draw_similarity(files[-1], profile, {"": shown}, section.title)
     return files
 
 
@@ -202,6 +204,12 @@ def _profile_of(
         ):
             return profile
     return None
+
+
+def _plan_of(profile: GradientProfile) -> SharingPlan:
+    """Where E² would cut, whatever the rank."""
+    targets = [entry.target for entry in profile.layers]
+    return build_plan(targets, PlanConfig(topology="e2", r=1), profile)
 
 
 def _csv(trials: Sequence[Trial], sections: Sequence[Section]) -> str:

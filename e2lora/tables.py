@@ -9,6 +9,7 @@ from html import escape
 from pathlib import Path
 
 from e2lora.records import StudyRecord
+from e2lora.text_table import text_table
 from e2lora.verdict import Section
 
 
@@ -50,14 +51,8 @@ RIGHT_ALIGNED = {"r", "learning rate", "parameters", "time", "trial"}
 
 def text_section(section: Section) -> str:
     header, rows = _header(section), list(_rows(section))
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = [section.title]
-    for row in [header, ["-" * width for width in widths], *rows] if rows else []:
-        cells = (
-            cell.rjust(width) if name in RIGHT_ALIGNED else cell.ljust(width)
-            for cell, width, name in zip(row, widths, header, strict=True)
-        )
-        lines.append("  ".join(cells).rstrip())
+    right = [place for place, name in enumerate(header) if name in RIGHT_ALIGNED]
+    lines = [section.title, *([text_table(header, rows, right)] if rows else [])]
     return "\n".join([*lines, *_footnotes(section)])
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from e2lora.config import Objective, TrialConfig, system_name
+from e2lora.config import AdapterConfig, Objective, PlanConfig, TrialConfig, system_name
 from e2lora.statistics import (
     Interval,
     PairedTest,
@@ -23,7 +23,7 @@ from e2lora.statistics import (
     proportion_interval,
 )
 
-REFERENCE = system_name("e2", None, "interval")
+REFERENCE = system_name(PlanConfig(topology="e2"), AdapterConfig(target_modules=("any",)))
 SIGNIFICANCE = 0.05
 
 
@@ -148,9 +148,12 @@ def _pair(reference: Scored, other: Scored) -> Comparison:
     if len(a) != len(b):
         refusal = f"the two were scored on {len(a)} and {len(b)} items"
         return Comparison(reference, other, refusal=refusal)
-    # What a text is cut to changes a system's answers, not which rows are asked.
-    rows = [trial.config.task.model_dump(exclude={"max_length"}) for trial in (reference, other)]
-    differing = [key for key in rows[0] if rows[0][key] != rows[1][key]]
+    tasks = [reference.config.task, other.config.task]
+    # What a text is cut to changes a classifier's answers, not what is asked; sft cuts the answers
+    # that are scored.
+    classifying = all(task.kind == "text_classification" for task in tasks)
+    a_rows, b_rows = (t.model_dump(exclude={"max_length"} if classifying else None) for t in tasks)
+    differing = [key for key in a_rows if key not in b_rows or a_rows[key] != b_rows[key]]
     if differing:
         refusal = f"their validation rows may differ (in {', '.join(differing)})"
         return Comparison(reference, other, refusal=refusal)

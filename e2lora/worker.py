@@ -24,6 +24,7 @@ from e2lora.broker import Attempt
 from e2lora.config import GroupSpec, TrialConfig
 from e2lora.models import Base, load_base, weights_fingerprint
 from e2lora.profile import measure_profile
+from e2lora.profile_cache import ProfileCache
 from e2lora.records import Evaluation, TrialFolder, write_json
 from e2lora.tasks import TrialData, load_task
 from e2lora.train import Reports, TrialStopped, run_trial
@@ -184,7 +185,14 @@ def run_trial_job(work: Work) -> dict[str, Any]:
 
 def run_profile_job(work: Work) -> dict[str, Any]:
     """Payload: the ``file`` to write the profile to."""
-    profile = measure_profile(work.base, work.data, work.config, work.group, work.reports.alive)
+    profile = measure_profile(
+        work.base,
+        work.data,
+        work.config,
+        work.group,
+        on_batch=lambda done, total: work.reports.alive(),
+        cache=ProfileCache(),
+    )
     if not work.group or dist.get_rank(work.group) == 0:
         write_json(Path(work.payload["file"]), profile)
     return {"mean_loss": profile.provenance.mean_loss}

@@ -14,13 +14,13 @@ from e2lora.config import (
     Objective,
     PlanConfig,
     Study,
-    TaskConfig,
+    TextClassificationConfig,
     TrainConfig,
     TrialConfig,
 )
 
 MODEL = ModelConfig(name="demo:minilm-l6")
-TASK = TaskConfig(data="demo:vader", validation_size=1000, max_length=64)
+TASK = TextClassificationConfig(data="demo:vader", validation_size=1000, max_length=64)
 RANKS = (2, 8)
 TOPOLOGIES: dict[str, tuple[Any, int | None]] = {  # system → topology and block size
     "LoRA": ("none", None),

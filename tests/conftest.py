@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,19 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads than cores cost te
 ROOT = Path(__file__).resolve().parents[1]
 os.environ["PYTHONPATH"] = str(ROOT)  # processes that tests start find e2lora, and tests
 LACKING: list[str] = []
+
+
+@pytest.fixture(scope="session")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """This process as a group of one worker: once only, since DeepSpeed keeps the group it met."""
+    import torch
+
+    rendezvous = tmp_path_factory.mktemp("group") / "rendezvous"
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{rendezvous}", rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
 
 
 def data_folder(name: str) -> str:

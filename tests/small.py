@@ -11,7 +11,7 @@ from e2lora.config import (
     Objective,
     PlanConfig,
     Study,
-    TaskConfig,
+    TextClassificationConfig,
     TrainConfig,
     TrialConfig,
 )
@@ -20,7 +20,7 @@ MODEL = ModelConfig(
     name="demo:minilm-l6",
     config_overrides={"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
 )
-TASK = TaskConfig(data="demo:vader", validation_size=64, max_length=24)
+TASK = TextClassificationConfig(data="demo:vader", validation_size=64, max_length=24)
 
 
 def small_trial(

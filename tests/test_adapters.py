@@ -1,4 +1,4 @@
-"""Every sharing system on two kinds of model: counts, identity, gradients, and the way to disk."""
+"""Every sharing system on kinds of models: counts, identity, gradients, and the way to disk."""
 
 from __future__ import annotations
 
@@ -17,16 +17,25 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
+    CLIPConfig,
+    CLIPModel,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTModel,
 )
 
 from e2lora.adapters import adapt, count_parameters, is_head, trainable_parameters
 from e2lora.adapters.storage import load_adapter, save_adapter
 from e2lora.config import AdapterConfig, ModelConfig, PlanConfig
-from e2lora.models import Base, find_targets, load_base, reset_head, weights_fingerprint
+from e2lora.models import Base, load_base, reset_head, weights_fingerprint
 from e2lora.moments import GradientProfile, LayerGradient, Moments, Provenance, Target
 from e2lora.plan import SharingPlan, build_plan, count_adapter_parameters
+from e2lora.targets import find_targets
 
 R, ALPHA = 4, 12.0
 SMALL = {
@@ -38,6 +47,13 @@ SMALL = {
 }
 BERT = ("query", "value")
 LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj")  # grouped-query: two shapes
+GPT2 = ("c_attn", "attn.c_proj")  # weights lie as (in x out)
+TARGETS = {"bert": BERT, "llama": LLAMA, "gpt2": GPT2}
+SHAPES = {  # (in, out) of each target of a layer
+    "bert": [(32, 32)] * 2,
+    "llama": [(32, 32), (32, 16), (32, 16), (32, 32)],
+    "gpt2": [(32, 96), (32, 32)],
+}
 
 # name in reports → topology, block size, scope of A
 SYSTEMS = {
@@ -48,8 +64,8 @@ SYSTEMS = {
     "ShareLoRA-A": ("none", None, "type"),
     "E²LoRA": ("e2", None, "interval"),
 }
-KINDS = ("bert", "llama")
-both = pytest.mark.parametrize("kind", KINDS)
+KINDS = tuple(TARGETS)
+every_kind = pytest.mark.parametrize("kind", KINDS)
 every_system = pytest.mark.parametrize("system", SYSTEMS)
 
 
@@ -60,6 +76,8 @@ def make_base(kind: str, num_layers: int = 4, head_seed: int = 0) -> Base:
     if kind == "bert":
         config = BertConfig(**SMALL, num_hidden_layers=num_layers, num_labels=3)
         model, head = BertForSequenceClassification(config), ("classifier",)
+    elif kind == "gpt2":
+        model, head = GPT2LMHeadModel(GPT2Config(**SMALL, num_hidden_layers=num_layers)), ()
     else:
         small = {**SMALL, "num_hidden_layers": num_layers, "num_key_value_heads": 2}
         model, head = LlamaForCausalLM(LlamaConfig(**small)), ()
@@ -69,9 +87,7 @@ def make_base(kind: str, num_layers: int = 4, head_seed: int = 0) -> Base:
 
 
 def adapter_config(kind: str, a_scope: Any = "interval", **options: Any) -> AdapterConfig:
-    return AdapterConfig(
-        target_modules=BERT if kind == "bert" else LLAMA, a_scope=a_scope, **options
-    )
+    return AdapterConfig(target_modules=TARGETS[kind], a_scope=a_scope, **options)
 
 
 def profile_of(targets: Sequence[Target]) -> GradientProfile:
@@ -184,7 +200,7 @@ def require_tied(model: Any, plan: SharingPlan, config: AdapterConfig) -> None:
 # ---- what is made -----------------------------------------------------------------------------
 
 
-@both
+@every_kind
 def test_made_up_e2_plan_has_unequal_groups_and_ranks(kind: str) -> None:
     """What the tests of E²LoRA below rely on."""
     adapted = Adapted(kind, "E²LoRA")
@@ -195,11 +211,11 @@ def test_made_up_e2_plan_has_unequal_groups_and_ranks(kind: str) -> None:
     assert ranks[0] < R < ranks[-1]
 
 
-@both
+@every_kind
 @every_system
 def test_count_is_that_of_the_formula(kind: str, system: str) -> None:
     adapted = Adapted(kind, system)
-    shapes = [(32, 32)] * 2 if kind == "bert" else [(32, 32), (32, 16), (32, 16), (32, 32)]
+    shapes = SHAPES[kind]
     s_in, s_out = (sum(shape[i] for shape in shapes) for i in (0, 1))
     ranks = {
         module_type: sum(group.r for group in adapted.plan.groups_of(module_type))
@@ -220,7 +236,7 @@ def test_count_is_that_of_the_formula(kind: str, system: str) -> None:
     assert sum(optimised.values()) == expected + head
 
 
-@both
+@every_kind
 @every_system
 def test_untrained_adapter_changes_no_output(kind: str, system: str) -> None:
     expected = output_of(make_base(kind).model)
@@ -230,7 +246,7 @@ def test_untrained_adapter_changes_no_output(kind: str, system: str) -> None:
     assert not torch.allclose(output_of(adapted.model), expected)
 
 
-@both
+@every_kind
 @every_system
 def test_tensors_are_shared_by_the_layers_of_a_group_and_by_no_others(
     kind: str, system: str
@@ -239,7 +255,7 @@ def test_tensors_are_shared_by_the_layers_of_a_group_and_by_no_others(
     require_tied(adapted.model, adapted.plan, adapted.config)
 
 
-@both
+@every_kind
 @every_system
 def test_initial_tensors_depend_on_the_torch_seed_only(kind: str, system: str) -> None:
     first, again = (trainable_parameters(Adapted(kind, system).model) for _ in range(2))
@@ -247,7 +263,7 @@ def test_initial_tensors_depend_on_the_torch_seed_only(kind: str, system: str) -
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
-@both
+@every_kind
 @every_system
 def test_every_trainable_tensor_gets_a_gradient_and_nothing_else_does(
     kind: str, system: str
@@ -264,7 +280,7 @@ def test_every_trainable_tensor_gets_a_gradient_and_nothing_else_does(
             assert parameter.grad is None, name
 
 
-@both
+@every_kind
 @every_system
 def test_gradient_of_a_shared_tensor_is_the_sum_over_untied_copies(
     kind: str, system: str, tmp_path: Path
@@ -287,7 +303,7 @@ def test_gradient_of_a_shared_tensor_is_the_sum_over_untied_copies(
             torch.testing.assert_close(tied, expected, rtol=1e-6, atol=1e-9)
 
 
-@both
+@every_kind
 @every_system
 def test_scaling_is_alpha_over_r_whatever_the_rank(kind: str, system: str, tmp_path: Path) -> None:
     adapted = Adapted(kind, system)
@@ -324,10 +340,70 @@ def test_classifier_that_the_checkpoint_brought_is_not_trained_and_not_changed()
     assert weights_fingerprint(base.model) == whole
 
 
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_adapting_tells_peft_how_weights_lie(kind: str, tmp_path: Path) -> None:
+    """Else PEFT warns that it corrects it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        adapted = Adapted(kind, "E²LoRA")
+    assert adapted.model.peft_config["default"].fan_in_fan_out == (kind == "gpt2")
+
+
+OTHER_KINDS = {
+    "t5": (
+        lambda: T5ForConditionalGeneration(
+            T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=4, num_heads=4, vocab_size=64)
+        ),
+        ("q", "v", "wo"),
+        {"input_ids": torch.arange(6)[None], "decoder_input_ids": torch.arange(5)[None]},
+    ),
+    "vit": (
+        lambda: ViTModel(ViTConfig(**SMALL, num_hidden_layers=4, image_size=16, patch_size=8)),
+        ("q_proj", "fc1", "fc2"),
+        {"pixel_values": torch.ones(1, 3, 16, 16)},
+    ),
+    "clip": (
+        lambda: CLIPModel(
+            CLIPConfig(
+                text_config={**SMALL, "num_hidden_layers": 4},
+                vision_config={
+                    **SMALL,
+                    "hidden_size": 48,
+                    "num_hidden_layers": 3,
+                    "image_size": 16,
+                    "patch_size": 8,
+                },
+            )
+        ),
+        ("q_proj", "out_proj"),
+        {"input_ids": torch.arange(6)[None], "pixel_values": torch.ones(1, 3, 16, 16)},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+@every_system
+def test_encoders_decoders_and_towers_are_each_shared_among_themselves(
+    kind: str, system: str
+) -> None:
+    build, names, inputs = OTHER_KINDS[kind]
+    torch.manual_seed(0)
+    base = Base(build().requires_grad_(False).eval(), None, (), "")
+    expected = base.model(**inputs)[0]
+    config = AdapterConfig(target_modules=names, a_scope=SYSTEMS[system][2])
+    plan = make_plan(base, config, system)
+    adapted = adapt(base.model, plan, config).eval()
+    assert count_parameters(adapted) == (count_adapter_parameters(plan, config), 0)
+    require_tied(adapted, plan, config)
+    assert torch.equal(adapted(**inputs)[0], expected)
+    fill(adapted)
+    assert not torch.allclose(adapted(**inputs)[0], expected)
+
+
 # ---- the way to disk --------------------------------------------------------------------------
 
 
-@both
+@every_kind
 @every_system
 def test_loaded_adapter_is_tied_again_and_goes_on_identically(
     kind: str, system: str, tmp_path: Path
@@ -349,7 +425,7 @@ def test_loaded_adapter_is_tied_again_and_goes_on_identically(
     require_tied(loaded, adapted.plan, adapted.config)
 
 
-@both
+@every_kind
 @every_system
 def test_folder_is_a_plain_peft_adapter_with_identical_outputs(
     kind: str, system: str, tmp_path: Path
@@ -451,7 +527,7 @@ def inventory(model: nn.Module) -> list[Any]:
     return [*modules, *((name, tuple(p.shape)) for name, p in model.named_parameters())]
 
 
-@both
+@every_kind
 def test_unload_gives_the_base_back_bit_for_bit_round_after_round(kind: str) -> None:
     base = make_base(kind)
     before = inventory(base.model)
@@ -477,7 +553,7 @@ def test_unload_gives_the_base_back_bit_for_bit_round_after_round(kind: str) -> 
     assert not [str(w.message) for w in caught if "PEFT" in str(w.message)]
 
 
-@both
+@every_kind
 @every_system
 def test_used_base_gives_the_numbers_of_a_fresh_one(kind: str, system: str) -> None:
     base = make_base(kind)

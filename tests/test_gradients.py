@@ -11,13 +11,22 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from e2lora.gradients import BLOCK_ROWS, measure_moments
-from e2lora.models import find_targets
-from e2lora.moments import LayerGradient, Moments, Target, require_usable
+from e2lora.gradients import (
+    BLOCK_ROWS,
+    Measurement,
+    Microbatch,
+    Probing,
+    Round,
+    held_bytes,
+    measure_gradients,
+)
+from e2lora.moments import Fold, LayerGradient, Moments, Target, require_usable
+from e2lora.targets import find_targets
 from tests.conftest import model_folder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,6 +67,34 @@ def require_equal(layers: Sequence[LayerGradient], gradients: dict[str, Tensor])
         assert moments.mean == pytest.approx(expected.mean().item(), abs=TOLERANCE * scale)
 
 
+def one_fold(microbatches: Sequence[Any]) -> list[Round]:
+    return [Round((0,), tuple(Microbatch(batch, (num_rows(batch),)) for batch in microbatches))]
+
+
+def num_rows(batch: Any) -> int:
+    return len(batch["labels"] if isinstance(batch, dict) else batch)
+
+
+def measure(
+    model: nn.Module,
+    names: Sequence[str],
+    microbatches: Sequence[Any],
+    loss_sum: LossSum,
+    num_supervised: int,
+    group: Any = None,
+) -> Measurement:
+    """All rows as one fold."""
+    return measure_gradients(
+        model,
+        find_targets(model, names),
+        one_fold(microbatches),
+        loss_sum,
+        [sum(map(num_rows, microbatches))],
+        [num_supervised],
+        group=group,
+    )
+
+
 def check_against_autograd(
     model: nn.Module,
     names: Sequence[str],
@@ -67,14 +104,14 @@ def check_against_autograd(
 ) -> str:
     """Measure, compare, and return the method that was used."""
     targets = find_targets(model, names)
-    layers, loss, method = measure_moments(model, targets, microbatches, loss_sum, num_supervised)
+    result = measure(model, names, microbatches, loss_sum, num_supervised)
     expected = by_autograd(model, targets, microbatches, loss_sum, num_supervised)
-    require_equal(layers, expected)
-    require_usable(layers)
+    require_equal(result.layers, expected)
+    require_usable(result.layers)
     with torch.no_grad():
         total = sum(loss_sum(model, batch).item() for batch in microbatches)
-    assert loss == pytest.approx(total / num_supervised, rel=1e-6)
-    return method
+    assert result.mean_loss == pytest.approx(total / num_supervised, rel=1e-6)
+    return result.method
 
 
 # ---- a toy, small enough to see through -------------------------------------------------------
@@ -145,9 +182,8 @@ def test_module_used_twice_in_one_forward_is_summed_before_it_is_squared(
     assert check_against_autograd(model, NAMES, toy_batches(*sizes), toy_loss, 6) == "accumulators"
 
 
-def measured(model: nn.Module, batches: Sequence[Tensor], group: Any = None) -> list[LayerGradient]:
-    layers, _, _ = measure_moments(model, find_targets(model, NAMES), batches, toy_loss, 6, group)
-    return layers
+def measured(model: nn.Module, batches: Sequence[Tensor]) -> tuple[LayerGradient, ...]:
+    return measure(model, NAMES, batches, toy_loss, 6).layers
 
 
 def assert_same(layers: Sequence[LayerGradient], others: Sequence[LayerGradient]) -> None:
@@ -161,11 +197,10 @@ def assert_same(layers: Sequence[LayerGradient], others: Sequence[LayerGradient]
 
 
 def test_mean_loss_is_divided_once_by_the_given_number() -> None:
-    model, targets = Toy(), find_targets(Toy(), NAMES)
-    _, once, _ = measure_moments(model, targets, toy_batches(6), toy_loss, 6)
-    layers, half, _ = measure_moments(model, targets, toy_batches(6), toy_loss, 12)
-    assert half == pytest.approx(once / 2)
-    for one, other in zip(layers, measured(model, toy_batches(6)), strict=True):
+    once = measure(Toy(), NAMES, toy_batches(6), toy_loss, 6)
+    half = measure(Toy(), NAMES, toy_batches(6), toy_loss, 12)
+    assert half.mean_loss == pytest.approx(once.mean_loss / 2)
+    for one, other in zip(half.layers, once.layers, strict=True):
         assert one.moments.std == pytest.approx(other.moments.std / 2)
 
 
@@ -190,8 +225,232 @@ def test_half_precision_is_not_rounded_again() -> None:
     (toy_loss(model, batches[0]) / 6).backward()
     for handle in handles:
         handle.remove()
-    layers, _, _ = measure_moments(model, targets, batches, toy_loss, 6)
+    layers = measure(model, NAMES, batches, toy_loss, 6).layers
     require_equal(layers, {t.path: seen[t.path] for t in targets})
+
+
+# ---- folds ------------------------------------------------------------------------------------
+
+FOLDS = (3, 1, 2)  # rows of each
+PLAIN = Probing()
+ROUNDS = {
+    "all folds in one microbatch": [Round((0, 1, 2), (Microbatch(slice(0, 6), FOLDS),))],
+    "a microbatch per fold": [
+        Round((0,), (Microbatch(slice(0, 3), (3,)),)),
+        Round((1,), (Microbatch(slice(3, 4), (1,)),)),
+        Round((2,), (Microbatch(slice(4, 6), (2,)),)),
+    ],
+    "several microbatches per fold": [
+        Round((0,), (Microbatch(slice(0, 2), (2,)), Microbatch(slice(2, 3), (1,)))),
+        Round((1,), (Microbatch(slice(3, 4), (1,)),)),
+        Round((2,), (Microbatch(slice(4, 5), (1,)), Microbatch(slice(5, 6), (1,)))),
+    ],
+}
+
+
+def of_rows(model: nn.Module, rows: slice) -> Tensor:
+    return toy_loss(model, toy_batches(6)[0][rows])
+
+
+def measure_folds(
+    case: str, model: nn.Module, probing: Probing = PLAIN, group: Any = None
+) -> Measurement:
+    return measure_gradients(
+        model, find_targets(model, NAMES), ROUNDS[case], of_rows, FOLDS, FOLDS, probing, group
+    )
+
+
+@pytest.mark.parametrize("twice", [False, True])
+@pytest.mark.parametrize("case", ROUNDS)
+def test_folds_are_measured_in_the_same_pass_as_if_each_were_alone(case: str, twice: bool) -> None:
+    result = measure_folds(case, Toy(twice=twice))
+    assert_same(result.layers, measured(Toy(twice=twice), toy_batches(6)))
+    assert [fold.num_samples for fold in result.folds] == list(FOLDS)
+    for fold, rows in zip(result.folds, toy_batches(6)[0].split(FOLDS), strict=True):
+        alone = measure(Toy(twice=twice), NAMES, [rows], toy_loss, len(rows))
+        pairs = zip(alone.layers, fold.moments, strict=True)
+        assert_same(alone.layers, [a.model_copy(update={"moments": m}) for a, m in pairs])
+
+
+def test_nothing_is_held_where_one_microbatch_has_all_folds() -> None:
+    """The toy's 6 targets have 12 x 6 entries of 4 bytes; a sum over folds, a sum over a fold's."""
+    targets = find_targets(Toy(), NAMES)
+    sizes = {case: sum(held_bytes(targets, rounds).values()) for case, rounds in ROUNDS.items()}
+    assert list(sizes.values()) == [0, 6 * 72 * 4, 2 * 6 * 72 * 4]
+    methods = [measure_folds(case, Toy()).method for case in ROUNDS]
+    assert methods == ["blocks", "accumulators", "accumulators"]
+
+
+def test_targets_beyond_what_may_be_held_are_measured_in_further_passes() -> None:
+    case, forwards = "several microbatches per fold", []
+    model = Toy()
+    model.register_forward_hook(lambda *_: forwards.append(1))
+    limited = measure_folds(case, model, Probing(max_held_bytes=2 * 2 * 72 * 4))
+    assert limited.num_passes == 3
+    assert len(forwards) == 3 * 5
+    unlimited = measure_folds(case, Toy())
+    assert unlimited.num_passes == 1
+    assert limited.layers == unlimited.layers
+    assert limited.folds == unlimited.folds
+    assert limited.mean_loss == unlimited.mean_loss
+    assert measure_folds(case, Toy(), Probing(max_held_bytes=1)).num_passes == 6
+
+
+def test_progress_counts_the_microbatches_of_all_passes() -> None:
+    told: list[tuple[int, int]] = []
+    measure_gradients(
+        Toy(),
+        find_targets(Toy(), NAMES),
+        one_fold(toy_batches(2, 4)),
+        toy_loss,
+        [6],
+        [6],
+        Probing(max_held_bytes=1),
+        on_batch=lambda done, total: told.append((done, total)),
+    )
+    assert told == [(k, 12) for k in range(1, 13)]
+
+
+def test_inputs_that_do_not_run_over_the_rows_are_refused_not_mixed_up() -> None:
+    """As of experts that see some tokens only, or of models with time as first dimension."""
+
+    class Turned(Toy):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.transpose(0, 1))
+
+    for case in ROUNDS:
+        if case == "all folds in one microbatch":
+            with pytest.raises(ValueError, match=r"layers\.2\.down sees \(4, 6, 12\) for 6 rows"):
+                measure_folds(case, Turned())
+        else:
+            assert_same(measure_folds(case, Turned()).layers, measured(Toy(), toy_batches(6)))
+
+
+# ---- activation checkpointing -----------------------------------------------------------------
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 12), nn.Linear(12, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.tanh(self.up(x)))
+
+
+class LayeredToy(Toy):
+    """The toy with modules for layers, as real models have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        weights = self.state_dict()
+        self.layers = nn.ModuleList(Layer() for _ in range(3))
+        self.load_state_dict(weights)
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize("case", ROUNDS)
+def test_checkpointing_changes_nothing_but_the_number_of_forwards(case: str) -> None:
+    model, forwards = LayeredToy(), []
+    model.layers[0].up.register_forward_hook(lambda *_: forwards.append(1))
+    plain, again = (measure_folds(case, model, Probing(checkpointing=c)) for c in (False, True))
+    num_batches = sum(len(r.microbatches) for r in ROUNDS[case])
+    assert len(forwards) == 3 * num_batches
+    assert again.layers == plain.layers
+    assert again.folds == plain.folds
+    assert again.method == plain.method, "forwards of the recomputation are not counted"
+    assert not any("forward" in layer.__dict__ for layer in model.layers)
+
+
+def test_users_own_checkpointing_is_measured_right_too() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    class Checkpointed(LayeredToy):
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = checkpoint(layer, x, use_reentrant=False)
+            return x
+
+    result = measure(Checkpointed(), NAMES, toy_batches(6), toy_loss, 6)
+    assert result.method == "blocks"
+    assert_same(result.layers, measured(Toy(), toy_batches(6)))
+
+
+# ---- pairs of layers, and parts of a projection -----------------------------------------------
+
+
+@pytest.mark.parametrize("case", ROUNDS)
+def test_pairs_are_those_of_the_gradients_themselves(case: str) -> None:
+    model = Toy()
+    result = measure_folds(case, model, Probing(pairwise=True))
+    targets = find_targets(model, NAMES)
+    splits = [(result, toy_batches(6)[0])]
+    splits += list(zip(result.folds, toy_batches(6)[0].split(FOLDS), strict=True))
+    for found, rows in splits:
+        gradients = by_autograd(model, targets, [rows], toy_loss, len(rows))
+        for name in NAMES:
+            flat = torch.stack([gradients[f"layers.{k}.{name}"].flatten() for k in range(3)])
+            pairs = found.pairs[f"layers.*.{name}"]
+            assert pairs.layers == (0, 1, 2)
+            scale = flat.square().sum(1).max().item()
+            expected = {
+                "inner": flat @ flat.T,
+                "l1": torch.cdist(flat, flat, p=1),
+                "l2": torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist"),
+            }
+            for statistic, matrix in expected.items():
+                size = scale if statistic == "inner" else scale**0.5
+                torch.testing.assert_close(
+                    torch.tensor(getattr(pairs, statistic), dtype=torch.float64),
+                    matrix,
+                    rtol=1e-5,
+                    atol=1e-5 * size,
+                )
+
+
+def test_pairs_taken_by_small_blocks_of_entries_are_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    case = "several microbatches per fold"
+    at_once = measure_folds(case, Toy(), Probing(pairwise=True))
+    monkeypatch.setattr("e2lora.sums.BLOCK_BYTES", 8 * 3 * 7)  # 7 of 72 entries
+    by_blocks = measure_folds(case, Toy(), Probing(pairwise=True))
+    assert by_blocks.layers == at_once.layers
+    for name, pairs in at_once.pairs.items():
+        for statistic in ("inner", "l1", "l2"):
+            np.testing.assert_allclose(
+                getattr(by_blocks.pairs[name], statistic), getattr(pairs, statistic), rtol=1e-9
+            )
+
+
+def test_spilled_gradients_leave_no_file_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    measure_folds("a microbatch per fold", Toy(), Probing(pairwise=True))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_parts_of_a_projection_are_the_moments_of_their_rows() -> None:
+    model = Toy()
+    rows = {"even": tuple(range(0, 12, 2)), "odd": tuple(range(1, 12, 2))}
+    probing = Probing(parts={"layers.1.up": rows})
+    for case in ROUNDS:
+        layers = {e.target.path: e for e in measure_folds(case, model, probing).layers}
+        assert layers["layers.0.up"].parts == {}
+        gradient = by_autograd(model, find_targets(model, NAMES), toy_batches(6), toy_loss, 6)[
+            "layers.1.up"
+        ]
+        for name, first in (("even", 0), ("odd", 1)):
+            part = layers["layers.1.up"].parts[name]
+            assert part.count == 6 * 6
+            expected = gradient[first::2].std(correction=0).item()
+            assert part.std == pytest.approx(expected, rel=TOLERANCE)
 
 
 # ---- what is left behind, and errors ----------------------------------------------------------
@@ -211,9 +470,8 @@ def test_model_is_left_as_it_was_even_after_an_error(training: bool, fails: bool
             raise RuntimeError("as if out of memory")
         return value
 
-    targets = find_targets(model, NAMES)
     with pytest.raises(RuntimeError, match="as if out of") if fails else nullcontext():
-        measure_moments(model, targets, toy_batches(2, 4), loss, 6)
+        measure(model, NAMES, toy_batches(2, 4), loss, 6)
     assert set(modes) == {False}, "the loss is taken in evaluation mode"
     assert model.training == training
     assert not any(module._forward_hooks for module in model.modules())
@@ -270,18 +528,23 @@ def _worker() -> None:
     for case, shares in SHARES.items():
         batches = toy_batches(*(size for share in shares for size in share))
         first = len(shares[0])
-        layers, loss, method = measure_moments(
-            Toy(),
-            find_targets(Toy(), NAMES),
-            batches[first:] if rank else batches[:first],
-            toy_loss,
-            6,
-            group,
+        mine = batches[first:] if rank else batches[:first]
+        found = measure(Toy(), NAMES, mine, toy_loss, 6, group)
+        result[case] = {
+            "layers": [entry.model_dump() for entry in found.layers],
+            "loss": found.mean_loss,
+            "method": found.method,
+        }
+    for case, rounds in SHARED_ROUNDS[rank].items():
+        model, probing = Toy(), Probing(pairwise=True)
+        found = measure_gradients(
+            model, find_targets(model, NAMES), rounds, of_rows, FOLDS, FOLDS, probing, group
         )
         result[case] = {
-            "layers": [entry.model_dump() for entry in layers],
-            "loss": loss,
-            "method": method,
+            "layers": [entry.model_dump() for entry in found.layers],
+            "folds": [fold.model_dump() for fold in found.folds],
+            "pairs": {name: pairs.model_dump() for name, pairs in found.pairs.items()},
+            "method": found.method,
         }
     (folder / f"{rank}.json").write_text(json.dumps(result))
     dist.barrier(group)  # neither may leave while the other still speaks with it
@@ -293,6 +556,27 @@ SHARES = {
     "unequal numbers of microbatches": ((1, 2), (3,)),
     "nothing on the second": ((6,), ()),
 }
+
+
+FIRST, SECOND = [0, 1, 4], [2, 3, 5]  # rows: of fold 0 two and one, none and one, one and one
+SHARED_ROUNDS = [
+    {
+        "folds together": [Round((0, 1, 2), (Microbatch(FIRST, (2, 0, 1)),))],
+        "folds apart": [
+            Round((0,), (Microbatch([0], (1,)), Microbatch([1], (1,)))),
+            Round((1,), ()),
+            Round((2,), (Microbatch([4], (1,)),)),
+        ],
+    },
+    {
+        "folds together": [Round((0, 1, 2), (Microbatch(SECOND, (1, 1, 1)),))],
+        "folds apart": [
+            Round((0,), (Microbatch([2], (1,)),)),
+            Round((1,), (Microbatch([3], (1,)),)),
+            Round((2,), (Microbatch([5], (1,)),)),
+        ],
+    },
+]
 
 
 @pytest.fixture(scope="module")
@@ -320,11 +604,29 @@ def test_two_workers_measure_what_one_does_and_agree(
 ) -> None:
     first, second = (results[case] for results in of_two_workers)
     assert first == second
-    assert first["method"] == "accumulators"
-    _, loss, _ = measure_moments(Toy(), find_targets(Toy(), NAMES), toy_batches(6), toy_loss, 6)
-    assert first["loss"] == pytest.approx(loss, rel=1e-6)
+    assert first["method"] == ("blocks" if case == "one microbatch each" else "accumulators")
+    alone = measure(Toy(), NAMES, toy_batches(6), toy_loss, 6)
+    assert first["loss"] == pytest.approx(alone.mean_loss, rel=1e-6)
     layers = [LayerGradient.model_validate(entry) for entry in first["layers"]]
     assert_same(layers, measured(Toy(), toy_batches(6)))
+
+
+@pytest.mark.parametrize("case", SHARED_ROUNDS[0])
+def test_two_workers_measure_folds_and_pairs_as_one_does(
+    of_two_workers: list[dict[str, Any]], case: str
+) -> None:
+    first, second = (results[case] for results in of_two_workers)
+    assert first == second
+    assert first["method"] == ("blocks" if case == "folds together" else "accumulators")
+    alone = measure_folds("all folds in one microbatch", Toy(), Probing(pairwise=True))
+    assert_same([LayerGradient.model_validate(e) for e in first["layers"]], alone.layers)
+    for found, expected in zip(first["folds"], alone.folds, strict=True):
+        fold = Fold.model_validate(found, strict=False)
+        assert fold.num_samples == expected.num_samples
+        for one, other in zip(fold.moments, expected.moments, strict=True):
+            assert one.std == pytest.approx(other.std, rel=TOLERANCE)
+    for name, pairs in alone.pairs.items():
+        np.testing.assert_allclose(first["pairs"][name]["l1"], pairs.l1, rtol=1e-5)
 
 
 # ---- real models ------------------------------------------------------------------------------
@@ -377,11 +679,14 @@ def test_minilm_classification_equals_autograd(
 
 def test_minilm_does_not_depend_on_padding(minilm: tuple[Any, Any]) -> None:
     model, tokenizer = minilm
-    targets = find_targets(model, ("query", "value"))
-    (together, _, _), (apart, _, _) = (
-        measure_moments(
-            model, targets, classification_batches(tokenizer, sizes), classification_loss, 6
-        )
+    together, apart = (
+        measure(
+            model,
+            ("query", "value"),
+            classification_batches(tokenizer, sizes),
+            classification_loss,
+            6,
+        ).layers
         for sizes in ((6,), (1,) * 6)
     )
     for one, other in zip(together, apart, strict=True):

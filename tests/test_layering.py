@@ -13,7 +13,16 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-PURE = ("config", "moments", "partition", "ranks", "plan", "statistics", "records")
+PURE = (
+    "config",
+    "moments",
+    "partition",
+    "ranks",
+    "stability",
+    "plan",
+    "statistics",
+    "records",
+)
 
 # From the top down; a room imports only rooms on lines above its own. A pattern takes every module
 # that no other line names: entries of a registry, which need no line of their own. The rooms of one
@@ -22,15 +31,21 @@ ROOMS = (
     *PURE,
     "assets",
     "models",
+    "targets",
+    "sums",
+    "probe",
     "gradients",
     "tasks.rows",
+    "tasks.scores",
     "tasks.*",
     "tasks",
     "adapters.*",
     "adapters",
     "adapters.storage",
     "data",
+    "profile_cache",
     "profile",
+    "estimate",
     "evaluate",
     "checkpoint",
     "engine",
@@ -40,11 +55,15 @@ ROOMS = (
     "figures",
     "front",
     "verdict",
+    "text_table",
     "tables",
+    "plan_tables",
     "report",
     "worker",
     "cluster",
     "pool",
+    "planning",
+    "command",
     "search",
     "search.plans",
     "search.trials",
@@ -52,6 +71,7 @@ ROOMS = (
     "search.ledger",
     "search.study",
     "search.entry",
+    "plan_entry",
 )
 
 # Package → the only rooms that know it.

@@ -1,4 +1,4 @@
-"""Targets are found by structure, counts are the published ones, and loading fails clearly."""
+"""Counts are the published ones, loading fails clearly, and a head is known and reset."""
 
 from __future__ import annotations
 
@@ -13,26 +13,18 @@ from torch import nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
-    CLIPConfig,
     CLIPVisionConfig,
-    GPTNeoXConfig,
     LlamaConfig,
-    MixtralConfig,
-    OPTConfig,
     RobertaConfig,
-    T5Config,
-    ViTConfig,
 )
 
 from e2lora.adapters import adapt, count_parameters
 from e2lora.assets import resolve
 from e2lora.config import AdapterConfig, ModelConfig, PlanConfig
 from e2lora.models import (
-    find_targets,
     load_base,
     load_structure,
     require_weights,
@@ -40,6 +32,7 @@ from e2lora.models import (
     weights_fingerprint,
 )
 from e2lora.plan import build_plan, count_adapter_parameters
+from e2lora.targets import find_targets
 from tests.conftest import model_folder
 
 SMALL = {
@@ -99,122 +92,6 @@ def test_mpnet_base_has_the_targets_of_roberta_base() -> None:
     model = load_structure(config, AutoModelForSequenceClassification, 2)
     plan = build_plan(find_targets(model, ("q", "v")), PlanConfig(r=8))
     assert count_adapter_parameters(plan, AdapterConfig(target_modules=("q", "v"))) == 294_912
-
-
-# ---- targets ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("auto_class", "config", "name", "stacks"),
-    [
-        (AutoModel, TINY_BERT, "query", {"encoder.layer.*.attention.self.query": 3}),
-        (AutoModelForCausalLM, TINY_LLAMA, "k_proj", {"model.layers.*.self_attn.k_proj": 3}),
-        (
-            AutoModelForCausalLM,
-            GPTNeoXConfig(**SMALL, vocab_size=64),
-            "query_key_value",
-            {"gpt_neox.layers.*.attention.query_key_value": 3},
-        ),
-        (
-            AutoModelForCausalLM,
-            OPTConfig(
-                hidden_size=32,
-                num_hidden_layers=3,
-                num_attention_heads=4,
-                ffn_dim=64,
-                word_embed_proj_dim=32,
-                vocab_size=64,
-            ),
-            "fc2",
-            {"model.decoder.layers.*.fc2": 3},
-        ),
-        (  # two numbers in a path: the first is the layer's, the second stays in the type
-            AutoModelForSeq2SeqLM,
-            T5Config(d_model=32, num_layers=3, num_decoder_layers=2, num_heads=4, d_kv=8, d_ff=64),
-            "q",
-            {
-                "encoder.block.*.layer.0.SelfAttention.q": 3,
-                "decoder.block.*.layer.0.SelfAttention.q": 2,
-                "decoder.block.*.layer.1.EncDecAttention.q": 2,
-            },
-        ),
-        (AutoModel, ViTConfig(**SMALL), "fc1", {"layers.*.mlp.fc1": 3}),
-        (  # two towers are two stacks
-            AutoModel,
-            CLIPConfig(text_config=SMALL, vision_config={**SMALL, "num_hidden_layers": 2}),
-            "q_proj",
-            {
-                "text_model.encoder.layers.*.self_attn.q_proj": 3,
-                "vision_model.encoder.layers.*.self_attn.q_proj": 2,
-            },
-        ),
-        (
-            AutoModelForCausalLM,
-            MixtralConfig(**SMALL, num_key_value_heads=2, vocab_size=64),
-            "v_proj",
-            {"model.layers.*.self_attn.v_proj": 3},
-        ),
-    ],
-    ids=lambda value: getattr(value, "model_type", None),
-)
-def test_layers_are_found_by_structure(
-    auto_class: Any, config: Any, name: str, stacks: dict[str, int]
-) -> None:
-    model = on_meta(auto_class, config)
-    found: dict[str, list[int]] = {}
-    for target in find_targets(model, [name]):
-        module = model.get_submodule(target.path)
-        assert (module.in_features, module.out_features) == (
-            target.in_features,
-            target.out_features,
-        )
-        assert target.module_type.replace("*", str(target.layer), 1) == target.path
-        found.setdefault(target.module_type, []).append(target.layer)
-    assert found == {stack: list(range(size)) for stack, size in stacks.items()}
-
-
-def test_targets_come_in_model_order_and_once_however_they_are_named() -> None:
-    model = on_meta(AutoModel, TINY_BERT)
-    targets = find_targets(model, ["value", "query"])
-    assert targets == find_targets(model, ["self.query", "query", "self.value"])
-    assert [t.path for t in targets[:2]] == [
-        "encoder.layer.0.attention.self.query",
-        "encoder.layer.0.attention.self.value",
-    ]
-
-
-def test_one_target_can_be_named_in_full() -> None:
-    path = "encoder.layer.1.attention.self.query"
-    assert [t.path for t in find_targets(on_meta(AutoModel, TINY_BERT), [path])] == [path]
-
-
-def test_linear_outside_of_numbered_layers_is_no_target() -> None:
-    model = on_meta(AutoModelForSequenceClassification, TINY_BERT)
-    assert isinstance(model.classifier, nn.Linear)
-    with pytest.raises(ValueError, match="'classifier' matches none"):
-        find_targets(model, ["classifier"])
-
-
-@pytest.mark.parametrize("name", ["q_proj", "uery", ".query", "*query", ""])
-def test_name_that_matches_nothing_lists_the_known_names(name: str) -> None:
-    known = r"This model has: dense, key, query, value\."
-    with pytest.raises(ValueError, match=known) as raised:
-        find_targets(on_meta(AutoModel, TINY_BERT), ["query", name])
-    assert repr(name) in str(raised.value)
-
-
-def test_layers_of_unequal_shape_are_not_one_module_type() -> None:
-    model = nn.Module()
-    model.layers = nn.ModuleList(
-        nn.ModuleDict({"up": nn.Linear(4, width), "down": nn.Linear(8, 4)}) for width in (8, 8, 16)
-    )
-    types = {(t.module_type, t.layer) for t in find_targets(model, ["up", "down"])}
-    assert types == {
-        ("layers.*.up (8x4)", 0),
-        ("layers.*.up (8x4)", 1),
-        ("layers.*.up (16x4)", 2),
-        *(("layers.*.down", layer) for layer in range(3)),
-    }
 
 
 # ---- loading ----------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from itertools import pairwise
 
 import pytest
@@ -11,15 +10,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from e2lora.config import AdapterConfig, PlanConfig
-from e2lora.moments import GradientProfile, LayerGradient, Moments, Provenance, Target
+from e2lora.config import PRESETS, AdapterConfig, ExplicitGroup, PlanConfig
+from e2lora.moments import GradientProfile
 from e2lora.plan import (
     Group,
     SharingPlan,
     build_plan,
     count_adapter_parameters,
     require_plan_fits,
+    require_possible,
 )
+from tests.made_up import make_profile, make_targets
 
 # A busy machine makes examples slow: that says nothing about the code.
 settings.register_profile("steady", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -30,50 +31,6 @@ LORA, SHARED_A = (
     AdapterConfig(target_modules=("q", "v"), a_scope=scope) for scope in ("interval", "type")
 )
 stds = st.lists(st.floats(1e-8, 1e3), min_size=1, max_size=12)
-
-
-def make_targets(
-    num_layers: int, q: tuple[int, int] = (8, 8), v: tuple[int, int] | None = None
-) -> list[Target]:
-    """``num_layers`` layers with a weight q, and v if its (in, out) is given."""
-    shapes = {"q": q} if v is None else {"q": q, "v": v}
-    return [
-        Target(
-            path=f"h.{layer}.{name}",
-            module_type=f"h.*.{name}",
-            layer=layer,
-            in_features=shape[0],
-            out_features=shape[1],
-        )
-        for layer in range(num_layers)
-        for name, shape in shapes.items()
-    ]
-
-
-def make_profile(targets: Sequence[Target], stds: Sequence[float]) -> GradientProfile:
-    provenance = Provenance(
-        model="tiny",
-        model_fingerprint="0" * 16,
-        task="reviews",
-        num_samples=8,
-        num_supervised=8,
-        seed=0,
-        dtype="float32",
-        mean_loss=0.7,
-        method="blocks",
-        num_workers=1,
-        versions={},
-    )
-    layers = tuple(
-        LayerGradient(
-            target=target,
-            moments=Moments(
-                count=target.in_features * target.out_features, mean=0.0, std=std, mean_abs=std
-            ),
-        )
-        for target, std in zip(targets, stds, strict=True)
-    )
-    return GradientProfile(provenance=provenance, layers=layers)
 
 
 def shape_of(plan: SharingPlan) -> list[tuple[tuple[int, ...], int]]:
@@ -96,6 +53,8 @@ def test_e2_plan_of_five_layers_is_the_one_worked_out_by_hand() -> None:
     assert shape_of(plan) == [((0, 1), 3), ((2, 3), 5), ((4,), 3)]
     assert [group.lora_alpha for group in plan.groups] == [12.0, 20.0, 12.0]
     assert [(b.module_type, b.available, b.spent) for b in plan.budgets] == [(Q, 20, 19)]
+    assert [b.shortfall for b in plan.budgets] == [1]
+    assert (plan.parameters, plan.lora_parameters) == (176, 320)
     assert count_adapter_parameters(plan, LORA) == 176
     # A at type scope: one of the largest rank, 5·8, and B of each group, (3 + 5 + 3)·8.
     assert count_adapter_parameters(plan, SHARED_A) == 40 + 88
@@ -132,7 +91,8 @@ def test_plan_covers_every_layer_once_and_keeps_its_budget(values: list[float], 
     (budget,) = plan.budgets
     spent = sum(len(group.layers) * group.r for group in plan.groups)
     longest = max(len(group.layers) for group in plan.groups)
-    assert budget.spent == spent
+    assert (budget.spent, budget.shortfall) == (spent, len(values) * r - spent)
+    assert plan.parameters == count_adapter_parameters(plan, LORA)
     assert 0 <= len(values) * r - spent < longest
     assert all(group.lora_alpha / group.r == pytest.approx(16.0 / r) for group in plan.groups)
 
@@ -168,6 +128,150 @@ def test_plan_says_which_profile_it_is_from_and_only_then() -> None:
     plan = build_plan(targets, PlanConfig(topology="e2"), profile)
     assert plan.profile_fingerprint == profile.fingerprint()
     assert build_plan(targets, PlanConfig(topology="none"), profile).profile_fingerprint is None
+
+
+# ---- what E² is made of, and its controls -----------------------------------------------------
+
+STDS = [1.0, 1, 4, 4, 1]
+"""Of five layers: E² shares (0, 1), (2, 3) and (4,), see the first test."""
+
+
+def plan_of(**options: object) -> SharingPlan:
+    targets = make_targets(5, q=(64, 64))
+    chosen = PlanConfig(**{"r": 4, **options})  # type: ignore[arg-type]
+    return build_plan(targets, chosen, make_profile(targets, [1e-3 * std for std in STDS]))
+
+
+def test_layer_sharing_alone_gives_every_interval_the_base_rank() -> None:
+    for budget in ("layer", "interval", "parameter"):
+        plan = plan_of(**PRESETS["lss_only"], budget=budget)
+        assert shape_of(plan) == [((0, 1), 4), ((2, 3), 4), ((4,), 4)]
+        assert plan.budgets == ()
+
+
+def test_rank_allocation_alone_gives_every_layer_its_own_interval() -> None:
+    """Weights ½, ½, 1, 1, ½ of 20 ranks: (r + ½) as 1 : 1 : 2 : 2 : 1 of 22.5, 3.2 and 6.4."""
+    plan = plan_of(**PRESETS["hra_only"])
+    assert shape_of(plan) == [((0,), 3), ((1,), 3), ((2,), 6), ((3,), 5), ((4,), 3)]
+    assert plan.parameters == plan.lora_parameters
+
+
+def test_budgets_of_one_partition() -> None:
+    """Weights ½, 1, ½. `interval`: 12 ranks, `parameter`: 20; (r + ½) as 1 : 2 : 1."""
+    assert shape_of(plan_of(topology="e2", budget="interval")) == [
+        ((0, 1), 3),
+        ((2, 3), 6),
+        ((4,), 3),
+    ]
+    parameter = plan_of(topology="e2", budget="parameter")
+    assert shape_of(parameter) == [((0, 1), 5), ((2, 3), 10), ((4,), 5)]
+    assert parameter.parameters == parameter.lora_parameters
+
+
+def test_published_preset_gives_less_rank_to_more_entropy() -> None:
+    plan = plan_of(**PRESETS["e2_published"])
+    (low, _, _), (r_low, r_high, _) = zip(*shape_of(plan), strict=True)
+    assert low == (0, 1)
+    assert r_high < r_low
+
+
+def test_random_and_matched_controls_differ_from_e2_only_in_where_they_cut() -> None:
+    e2, matched = plan_of(topology="e2"), plan_of(topology="matched")
+    drawn = plan_of(topology="random", partition_seed=3)
+    for plan in (matched, drawn):
+        assert len(plan.groups) == len(e2.groups)
+        assert [b.available for b in plan.budgets] == [b.available for b in e2.budgets]
+    assert [group.layers for group in matched.groups] == [(0, 1), (2, 3), (4,)]
+
+
+def test_explicit_groups_may_bring_their_own_ranks() -> None:
+    groups = (
+        ExplicitGroup(module="q", layers=(0, 4), r=2),
+        ExplicitGroup(module="q", layers=(1, 2, 3)),
+    )
+    plan = build_plan(make_targets(5), PlanConfig(topology="explicit", groups=groups, r=4))
+    assert shape_of(plan) == [((0, 4), 2), ((1, 2, 3), 4)]
+    assert [g.lora_alpha / g.r for g in plan.groups] == [4.0, 4.0]
+    with pytest.raises(ValueError, match="nothing to allocate"):
+        PlanConfig(topology="explicit", groups=groups, allocation="softmax")
+    high = (ExplicitGroup(module="q", layers=(0, 1, 2, 3, 4), r=9),)
+    with pytest.raises(ValueError, match="r=9 for h"):
+        build_plan(make_targets(5), PlanConfig(topology="explicit", groups=high))
+
+
+def test_explicit_group_of_a_module_that_is_not_adapted_is_refused() -> None:
+    groups = tuple(ExplicitGroup(module=name, layers=(0, 1)) for name in ("q", "v"))
+    with pytest.raises(ValueError, match=r"\['v'\] name none of \['h\.\*\.q'\]"):
+        build_plan(make_targets(2), PlanConfig(topology="explicit", groups=groups))
+
+
+def test_alpha_keeps_the_scale_of_the_base_rank_also_under_rslora() -> None:
+    plain, rs = (plan_of(topology="e2", use_rslora=value) for value in (False, True))
+    assert [g.lora_alpha / g.r for g in plain.groups] == pytest.approx([16 / 4] * 3)
+    assert [g.lora_alpha / g.r**0.5 for g in rs.groups] == pytest.approx([16 / 4**0.5] * 3)
+
+
+def test_what_can_be_known_without_gradients_is_refused_without_them() -> None:
+    require_possible(make_targets(5), PlanConfig(topology="e2"))
+    with pytest.raises(ValueError, match="r=9 for h"):
+        require_possible(make_targets(5), PlanConfig(topology="e2", r=9))
+    with pytest.raises(ValueError, match="num_intervals=6"):
+        require_possible(
+            make_targets(5), PlanConfig(topology="random", partition_seed=0, num_intervals=6)
+        )
+
+
+def test_softmax_of_nearly_equal_entropies_is_noted() -> None:
+    targets = make_targets(4)
+    profile = make_profile(targets, [1.0, 1.0, 1.001, 1.001])
+    plan = build_plan(targets, PlanConfig(topology="none", allocation="softmax"), profile)
+    assert "spreads their weights by e²" in plan.notes[0]
+    assert build_plan(targets, PlanConfig(**PRESETS["hra_only"]), profile).notes == ()
+
+
+def test_plan_whose_count_is_not_that_of_its_groups_is_refused() -> None:
+    text = build_plan(make_targets(2), PlanConfig(r=2)).model_dump_json()
+    edited = text.replace('"r":2,"lora_alpha":16.0}', '"r":3,"lora_alpha":16.0}', 1)
+    assert edited != text
+    with pytest.raises(ValidationError, match="build the plan again"):
+        SharingPlan.model_validate_json(edited)
+
+
+# ---- how stable a plan is ---------------------------------------------------------------------
+
+
+def test_plan_says_how_much_it_would_change_between_folds() -> None:
+    """Two folds cut before 2 and 4, the third only before 3: Jaccard 1, 0 and 0, so ⅓."""
+    targets = make_targets(5, q=(64, 64))
+    same, other = [1.0, 1, 4, 4, 1], [1.0, 1, 1, 4, 4]
+    profile = make_profile(targets, same, folds=[same, same, other])
+    found = build_plan(targets, PlanConfig(topology="e2", r=4), profile).stability
+    assert found is not None
+    assert found.jaccard == pytest.approx(1 / 3)
+    (of_q,) = found.types
+    assert of_q.cuts == {2: 2, 3: 1, 4: 2}
+    assert of_q.plan_cuts == (2, 4)
+    assert "Jaccard index 0.33" in found.verdict
+
+
+def test_stability_is_told_only_where_there_are_folds_and_gradients_decide() -> None:
+    targets = make_targets(3)
+    alone = make_profile(targets, [1, 2, 3])
+    assert build_plan(targets, PlanConfig(topology="e2"), alone).stability is None
+    folded = make_profile(targets, [1, 2, 3], folds=[[1, 2, 3], [1, 2, 3]])
+    assert build_plan(targets, PlanConfig(topology="none"), folded).stability is None
+    ranks_only = build_plan(targets, PlanConfig(**PRESETS["hra_only"]), folded).stability
+    assert ranks_only is not None
+    assert "Cuts don't depend on gradients" in ranks_only.verdict
+
+
+def test_fold_that_gives_no_plan_is_said_and_not_hidden() -> None:
+    targets = make_targets(3)
+    profile = make_profile(targets, [1, 2, 3], folds=[[1, 2, 3], [1, 0, 3]])
+    plan = build_plan(targets, PlanConfig(topology="e2"), profile)
+    assert plan.stability is None
+    assert "stability is not known" in plan.notes[0]
+    assert "h.1.q" in plan.notes[0]
 
 
 def test_group_of_target_finds_the_group_that_holds_it() -> None:
@@ -216,9 +320,20 @@ def test_rank_above_the_weights_size_is_refused_with_the_largest_possible() -> N
     build_plan(targets, PlanConfig(r=4))
 
 
-def test_e2_without_a_profile_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"'e2'.*needs a gradient profile"):
-        build_plan(make_targets(2), PlanConfig(topology="e2"))
+@pytest.mark.parametrize(
+    "options",
+    [
+        PlanConfig(topology="e2"),
+        PlanConfig(**PRESETS["lss_only"]),
+        PlanConfig(**PRESETS["hra_only"]),
+        PlanConfig(topology="matched"),
+        PlanConfig(topology="random", partition_seed=0),
+        PlanConfig(topology="blocks", block_size=2, allocation="softmax"),
+    ],
+)
+def test_plan_by_gradients_without_a_profile_is_refused(options: PlanConfig) -> None:
+    with pytest.raises(ValueError, match=rf"'{options.topology}'.*needs a gradient profile"):
+        build_plan(make_targets(2), options)
 
 
 def test_profile_that_lacks_a_target_is_refused_by_name() -> None:
@@ -250,7 +365,7 @@ def test_unknown_key_in_a_plan_is_refused() -> None:
 
 def test_plan_of_another_version_is_refused() -> None:
     text = build_plan(make_targets(2), PlanConfig()).model_dump_json()
-    newer = text.replace('"version":1', '"version":2')
+    newer = text.replace('"version":2', '"version":3')
     assert newer != text
     with pytest.raises(ValidationError, match="version"):
         SharingPlan.model_validate_json(newer)

@@ -14,10 +14,12 @@ import pytest
 
 from e2lora.config import (
     AdapterConfig,
+    AnyTaskConfig,
     ModelConfig,
     Objective,
     PlanConfig,
-    TaskConfig,
+    SftConfig,
+    TextClassificationConfig,
     TrainConfig,
     TrialConfig,
 )
@@ -26,7 +28,7 @@ from e2lora.plan import build_plan, count_adapter_parameters
 from e2lora.records import StudyFolder, StudyRecord, TrialResult, write_json
 from e2lora.report import metric_of, render_report
 
-MODEL, TASK = ModelConfig(name="tiny-encoder"), TaskConfig(data="reviews")
+MODEL, TASK = ModelConfig(name="tiny-encoder"), TextClassificationConfig(data="reviews")
 ACCURACY = Objective(name="accuracy", direction="maximize")
 SIZE = Objective(name="adapter_parameters", direction="minimize")
 TARGETS = tuple(
@@ -106,7 +108,7 @@ class MadeUpStudy:
         ended: bool = True,
         lr: float = 1e-3,
         model: ModelConfig = MODEL,
-        task: TaskConfig = TASK,
+        task: AnyTaskConfig = TASK,
     ) -> int:
         """A trial with these outcomes; its accuracy is their mean unless ``metrics`` are given."""
         number, self.num_trials = self.num_trials, self.num_trials + 1
@@ -230,6 +232,23 @@ def test_outcomes_of_different_rows_are_not_paired(study: MadeUpStudy) -> None:
     assert "significant difference" not in verdict
 
 
+def test_texts_may_be_cut_differently_but_not_the_answers_that_are_scored(tmp_path: Path) -> None:
+    nll = Objective(name="nll", direction="minimize")
+    study, means = MadeUpStudy(tmp_path, objectives=(nll, SIZE)), [1.25] * 40
+    cut_text = TASK.model_copy(update={"max_length": 64})
+    answers = SftConfig(data=TASK.data)
+    cut_answers = answers.model_copy(update={"max_length": 64})
+    tasks = {4: (TASK, cut_text), 8: (answers, cut_answers), 16: (answers, TASK)}
+    for r, (one, other) in tasks.items():
+        study.add(E2, r=r, outcomes=means, metrics={"nll": 1.25}, task=one)
+        study.add(LORA, r=r, outcomes=means, metrics={"nll": 1.25}, task=other)
+    verdict = render_report(study.folder).verdict
+    compared, cut, unlike = (line for line in verdict.splitlines() if line.startswith("- LoRA"))
+    assert "no significant difference" in compared
+    assert "rows may differ (in max_length)" in cut
+    assert "rows may differ (in kind, " in unlike
+
+
 def test_failed_trial_is_listed_with_its_error_and_never_scored(study: MadeUpStudy) -> None:
     study.add(E2, outcomes=right(200))
     failed = study.add(LORA, outcomes=right(400), error="ValueError: the rank\nis <too> large")
@@ -339,7 +358,9 @@ def test_models_and_tasks_are_never_mixed(study: MadeUpStudy) -> None:
     other = ModelConfig(name="other-encoder")
     study.add(E2, outcomes=right(300))
     study.add(LORA, outcomes=right(100), model=other)
-    study.add(LORA, outcomes=right(100), task=TaskConfig(data="reviews", subset="long"))
+    study.add(
+        LORA, outcomes=right(100), task=TextClassificationConfig(data="reviews", subset="long")
+    )
     report = render_report(study.folder)
     for title in ("tiny-encoder on reviews", "other-encoder on reviews", "on reviews/long"):
         assert title in report.table

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from e2lora.assets import resolve
-from e2lora.config import TaskConfig
+from e2lora.config import TextClassificationConfig
 from e2lora.tasks import TASKS, Task, load_task
+from e2lora.tasks.scores import RowScore
 from tests.conftest import data_folder
 
 Rows = Sequence[dict[str, Any]]
@@ -63,7 +64,7 @@ def tokenizer() -> Any:
 
 
 def task_of(data: Path | str, **options: Any) -> Any:
-    return load_task(TaskConfig(data=str(data), **{"validation_size": 2, **options}))
+    return load_task(TextClassificationConfig(data=str(data), **{"validation_size": 2, **options}))
 
 
 def folder_of(folder: Path, **splits: str | Rows) -> Path:
@@ -206,9 +207,10 @@ def test_losses_are_those_of_torch(
     total.backward()
     assert model.table.grad is not None
     scores = task.score(model, batch)
-    assert [loss for _, loss in scores] == pytest.approx(expected.tolist())
+    assert [score.loss for score in scores] == pytest.approx(expected.tolist())
+    assert {score.supervised for score in scores} == {1}
     right = [float(row.argmax() == label) for row, label in zip(model.table, labels, strict=True)]
-    assert [outcome for outcome, _ in scores] == right
+    assert [score.outcome for score in scores] == right
     assert task.num_supervised(rows) == 12
     metrics = task.metrics(scores)
     assert metrics["accuracy"] == pytest.approx(sum(right) / 12)
@@ -219,12 +221,12 @@ def test_majority_baseline_is_the_share_of_the_most_frequent_label(tmp_path: Pat
     held = [{"text": "x", "label": label} for label in (1, 0, 1, 1, 0)]
     folder = folder_of(tmp_path / "data", train=ROWS, test=held)
     task = task_of(folder, validation_split="test", validation_size=9)
-    assert task.metrics([(1.0, 0.5)] * 5)["majority_baseline"] == 3 / 5
+    assert task.metrics([RowScore(1.0, 0.5, 1)] * 5)["majority_baseline"] == 3 / 5
 
 
 @pytest.mark.parametrize("kind", TASKS)
 def test_registered_task_has_what_the_protocol_names(kind: str) -> None:
-    wanted = {name for name in vars(Task) if not name.startswith("_")}
+    wanted = {n for n, value in vars(Task).items() if callable(value) and n[0] != "_"}
     assert wanted >= {"features", "collate", "loss_sum", "score", "metrics", "num_supervised"}
     assert all(hasattr(TASKS[kind], name) for name in wanted)
 

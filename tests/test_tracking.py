@@ -24,7 +24,7 @@ from e2lora.config import (
     ModelConfig,
     Objective,
     PlanConfig,
-    TaskConfig,
+    TextClassificationConfig,
     TrainConfig,
     TrialConfig,
 )
@@ -40,7 +40,7 @@ from e2lora.records import (
 )
 from e2lora.tracking import Tracker, default_tracking_uri
 
-MODEL, TASK = ModelConfig(name="tiny-encoder"), TaskConfig(data="glue", subset="sst2")
+MODEL, TASK = ModelConfig(name="tiny-encoder"), TextClassificationConfig(data="glue", subset="sst2")
 TARGETS = [
     Target(
         path=f"layer.{layer}.query",

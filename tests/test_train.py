@@ -17,10 +17,11 @@ from e2lora.adapters import adapt, is_head, trainable_parameters
 from e2lora.config import TrialConfig
 from e2lora.data import step_rows
 from e2lora.engine import learning_rate_factor
-from e2lora.models import Base, find_targets, load_base, reset_head, weights_fingerprint
+from e2lora.models import Base, load_base, reset_head, weights_fingerprint
 from e2lora.plan import SharingPlan, build_plan
 from e2lora.profile import measure_profile
 from e2lora.records import TrialFolder
+from e2lora.targets import find_targets
 from e2lora.tasks import TrialData, load_task
 from e2lora.train import Reports, TrialStopped, run_trial
 from tests.small import small_trial
@@ -200,17 +201,6 @@ def test_checkpoint_of_one_worker_is_continued_by_two(
     engine_losses: dict[int, dict[str, Any]], plain: dict[str, list[float]]
 ) -> None:
     assert engine_losses[2]["handed over"] == pytest.approx(plain["LoRA"], abs=2e-5)
-
-
-@pytest.fixture(scope="module")
-def one_process(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """This process as a group of one worker."""
-    rendezvous = tmp_path_factory.mktemp("group") / "rendezvous"
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{rendezvous}", rank=0, world_size=1
-    )
-    yield
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.usefixtures("one_process")

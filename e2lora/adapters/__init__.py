@@ -7,8 +7,8 @@ from typing import Any
 
 from e2lora.adapters.lora import adapt_lora
 from e2lora.config import AdapterConfig
-from e2lora.models import find_targets
 from e2lora.plan import SharingPlan, count_adapter_parameters, require_plan_fits
+from e2lora.targets import find_targets
 
 FAMILIES: dict[str, Callable[[Any, SharingPlan, AdapterConfig, Sequence[str]], Any]] = {
     "lora": adapt_lora,

@@ -13,6 +13,7 @@ from typing import Any
 
 from e2lora.config import AdapterConfig
 from e2lora.plan import SharingPlan
+from e2lora.targets import is_transposed
 
 ADAPTER = "default"
 
@@ -48,7 +49,9 @@ def peft_config(model: Any, plan: SharingPlan, config: AdapterConfig, head: Sequ
         task_type="SEQ_CLS" if is_classifier and head else None,  # it trains the classifier
         r=options.r,
         lora_alpha=options.lora_alpha,  # type: ignore[arg-type]  # PEFT only divides by it
+        use_rslora=options.use_rslora,
         lora_dropout=config.lora_dropout,
+        fan_in_fan_out=any(is_transposed(model.get_submodule(path)) for path in groups),
         target_modules=list(groups),
         rank_pattern={f"^{re.escape(path)}": group.r for path, group in own_rank.items()},
         alpha_pattern={f"^{re.escape(path)}": g.lora_alpha for path, g in own_rank.items()},

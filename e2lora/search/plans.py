@@ -24,12 +24,12 @@ from e2lora.config import (
     in_one_paragraph,
 )
 from e2lora.data import calibration_rows
-from e2lora.models import find_targets, load_structure
+from e2lora.models import load_structure
 from e2lora.moments import GradientProfile, Target
-from e2lora.partition import NEEDS_PROFILE
-from e2lora.plan import SharingPlan, build_plan
+from e2lora.plan import SharingPlan, build_plan, require_possible
 from e2lora.pool import Pool
 from e2lora.records import StudyFolder
+from e2lora.targets import find_targets
 from e2lora.tasks import Task, load_task
 
 
@@ -69,22 +69,20 @@ class Plans:
             require_fits(spec)
             self._fitting.add(spec)
         _require_known_objectives(study, self._task(config))
-        needs_profile = config.plan.topology in NEEDS_PROFILE
-        if needs_profile:
+        if config.plan.needs_profile:
             calibration_rows(
                 self._task(config).num_rows("train"),
                 config.plan.calibration.num_samples,
                 config.seed,
             )
-        without = {"topology": "none", "block_size": None} if needs_profile else {}
-        build_plan(self.targets(config), config.plan.model_copy(update=without))
+        require_possible(self.targets(config), config.plan)
 
     def measure_profiles(self, configs: Iterable[TrialConfig], pool: Pool) -> None:
         """Measure, on the pool, what profiles these configurations need and the study lacks."""
         wanting = {
             self.profile_file(config): config
             for config in map(with_absolute_paths, configs)
-            if config.plan.topology in NEEDS_PROFILE
+            if config.plan.needs_profile
         }
         missing = [config for file, config in wanting.items() if not file.exists()]
         if missing:
@@ -94,7 +92,7 @@ class Plans:
 
     def plan_for(self, config: TrialConfig, pool: Pool) -> SharingPlan:
         """The plan, after measuring the profile on a group if it isn't there yet."""
-        if config.plan.topology not in NEEDS_PROFILE:
+        if not config.plan.needs_profile:
             return build_plan(self.targets(config), config.plan)
         return build_plan(self.targets(config), config.plan, self._profile(config, pool))
 

@@ -12,7 +12,9 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from e2lora.config import TaskConfig
+from e2lora.config import AnyTaskConfig, TaskConfig
+from e2lora.tasks.scores import RowScore
+from e2lora.tasks.sft import Sft
 from e2lora.tasks.text_classification import TextClassification
 
 Features = dict[str, Any]
@@ -21,10 +23,14 @@ Features = dict[str, Any]
 class Task(Protocol):
     """Rows of a data set and what a model does with them."""
 
-    config: TaskConfig
     auto_class: Any
-    num_labels: int
+    num_labels: int | None  # None where the model has no label head
     metric_names: tuple[str, ...]
+
+    @property
+    def config(self) -> TaskConfig:
+        """What the task was made from: a plain attribute of the task's own class."""
+        ...
 
     def num_rows(self, split: str) -> int:
         """Rows of ``train`` or ``validation``."""
@@ -46,11 +52,11 @@ class Task(Protocol):
         """Sum of the losses of a batch, a scalar."""
         ...
 
-    def score(self, model: Any, batch: dict[str, Tensor]) -> list[tuple[float, float]]:
-        """Per row of the batch: its outcome (1 right, 0 wrong) and its loss."""
+    def score(self, model: Any, batch: dict[str, Tensor]) -> list[RowScore]:
+        """Per row of the batch: its outcome, its loss, and how much is supervised in it."""
         ...
 
-    def metrics(self, scores: Sequence[tuple[float, float]]) -> dict[str, float]:
+    def metrics(self, scores: Sequence[RowScore]) -> dict[str, float]:
         """Metrics of a split from the scores of all of its rows."""
         ...
 
@@ -69,9 +75,9 @@ class TrialData:
         return tuple(len(row["input_ids"]) for row in self.train)
 
 
-TASKS: dict[str, type[Task]] = {"text_classification": TextClassification}
+TASKS: dict[str, type[Task]] = {"sft": Sft, "text_classification": TextClassification}
 
 
-def load_task(config: TaskConfig) -> Task:
+def load_task(config: AnyTaskConfig) -> Task:
     """Read and check the data of a task; see the class in ``TASKS`` for the errors."""
     return TASKS[config.kind](config)  # type: ignore[call-arg]

@@ -62,10 +62,12 @@ def read_splits(config: TaskConfig, columns: Sequence[str]) -> dict[str, Any]:
             raise ValueError(f"split {name!r} of {config.data!r} holds no rows. Name another one.")
         missing = [column for column in columns if column not in rows.column_names]
         if missing:
+            fields = type(config).model_fields
+            known = ", ".join(f"`{field}`" for field in fields if field.endswith("_column"))
             raise ValueError(
                 f"every row needs the columns {list(columns)}; split {name!r} of {config.data!r} "
-                f"has {rows.column_names}, not {missing}. Set `text_column`, `text2_column` or "
-                f"`label_column`. First row: {rows[0]}"
+                f"has {rows.column_names}, not {missing}. Set the right one of {known}. First "
+                f"row: {rows[0]}"
             )
     return {
         "train": loaded[config.train_split],

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from e2lora.config import TaskConfig
+from e2lora.config import TextClassificationConfig
 from e2lora.tasks.rows import carve_validation, read_splits, require_filled
+from e2lora.tasks.scores import RowScore, mean_loss, mean_outcome
 
 
 class TextClassification:
@@ -22,7 +23,7 @@ class TextClassification:
 
     metric_names: tuple[str, ...] = ("accuracy", "loss", "majority_baseline")
 
-    def __init__(self, config: TaskConfig) -> None:
+    def __init__(self, config: TextClassificationConfig) -> None:
         from transformers import AutoModelForSequenceClassification
 
         self.auto_class = AutoModelForSequenceClassification
@@ -43,7 +44,7 @@ class TextClassification:
                 f"{config.data!r} holds only {self.labels}. Name the right `label_column`."
             )
         self._index = {label: i for i, label in enumerate(self.labels)}
-        self.num_labels = len(self.labels)
+        self.num_labels: int | None = len(self.labels)
         self._targets = {split: self._label_indices(split) for split in self._rows}
 
     def num_rows(self, split: str) -> int:
@@ -82,16 +83,17 @@ class TextClassification:
     def loss_sum(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
         return self._losses(self._logits(model, batch), batch).sum()
 
-    def score(self, model: Any, batch: dict[str, Tensor]) -> list[tuple[float, float]]:
+    def score(self, model: Any, batch: dict[str, Tensor]) -> list[RowScore]:
         logits = self._logits(model, batch)
         right = (logits.argmax(-1) == batch["labels"]).float().tolist()
-        return list(zip(right, self._losses(logits, batch).tolist(), strict=True))
+        losses = self._losses(logits, batch).tolist()
+        return [RowScore(*score, supervised=1) for score in zip(right, losses, strict=True)]
 
-    def metrics(self, scores: Sequence[tuple[float, float]]) -> dict[str, float]:
+    def metrics(self, scores: Sequence[RowScore]) -> dict[str, float]:
         (_, most), *_ = Counter(self._targets["validation"]).most_common(1)
         return {
-            "accuracy": sum(right for right, _ in scores) / len(scores),
-            "loss": sum(loss for _, loss in scores) / len(scores),
+            "accuracy": mean_outcome(scores),
+            "loss": mean_loss(scores),
             "majority_baseline": most / len(self._targets["validation"]),
         }
 

@@ -1,0 +1,85 @@
+"""What the commands in ``jobs/`` share: quiet libraries, spaces by name, errors a user can read."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pkgutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from e2lora.config import Study, in_one_paragraph
+from e2lora.records import is_thrown_away
+
+QUIET = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+}
+
+FOR_USERS: tuple[type[Exception], ...] = (ValueError, OSError, RuntimeError)
+"""Errors that tell what to do; others are our own bugs, and keep their traceback."""
+
+
+def run_for_user(
+    run: Callable[[], int], on_interrupt: str, also: Callable[[Exception], bool] = lambda e: False
+) -> int:
+    """The command's exit code: that of ``run``, or 2 with its error printed, or 130.
+
+    Args:
+        on_interrupt: what is printed after Ctrl-C.
+        also: whether an error that isn't in ``FOR_USERS`` is one for users too.
+    """
+    for variable, value in QUIET.items():
+        os.environ.setdefault(variable, value)
+    try:
+        return run()
+    except KeyboardInterrupt:
+        print(f"interrupted: {on_interrupt}", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if not (isinstance(error, FOR_USERS) or also(error)):
+            raise
+        print(f"error: {in_one_paragraph(error)}", file=sys.stderr, flush=True)
+        return 2
+
+
+def find_study(space: str) -> Study:
+    """Import a space and take its ``study``.
+
+    Raises:
+        ValueError: no such module, or no study in it; the message lists the shipped ones.
+    """
+    try:
+        module = importlib.import_module(space)
+    except ModuleNotFoundError as error:
+        if error.name is None or not space.startswith(error.name):
+            raise
+        raise ValueError(
+            f"--space must be a module that can be imported; {space!r} is none. Shipped: "
+            f"{', '.join(_shipped())}. For your own, run from the folder that holds it."
+        ) from error
+    study = getattr(module, "study", None)
+    if not isinstance(study, Study):
+        raise ValueError(
+            f"a space must define `study`, a Study; {space!r} has {type(study).__name__}. See "
+            "search_spaces/quickstart.py."
+        )
+    return study
+
+
+def _shipped() -> list[str]:
+    import search_spaces
+
+    names = [module.name for module in pkgutil.iter_modules(search_spaces.__path__)]
+    return [f"search_spaces.{name}" for name in sorted(names)]
+
+
+def default_storage() -> Path:
+    """``results`` here; for a submitted job, whose folder is a passing copy, in the home folder."""
+    here = Path.cwd()
+    return Path.home() / "e2lora-results" if is_thrown_away(here) else here / "results"

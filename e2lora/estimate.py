@@ -1,0 +1,107 @@
+"""What a gradient profile will cost, known from shapes and row lengths: no weights are touched."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from e2lora.config import CalibrationConfig, PlanConfig
+from e2lora.gradients import Microbatch, Round, held_bytes, split_by_size
+from e2lora.moments import Target
+from e2lora.plan import build_plan
+from e2lora.profile import calibration_rounds
+from e2lora.tasks import Features
+
+BYTES = 4  # of a float32
+
+
+@dataclass(frozen=True)
+class ProfileCost:
+    """Per worker. ``flops`` leave out what attention adds quadratically in the row length."""
+
+    tokens: int
+    padded_tokens: int
+    num_microbatches: int
+    weights_bytes: int
+    saved_inputs_bytes: int
+    held_bytes: int
+    spilled_bytes: int
+    num_passes: int
+    flops: float
+
+    def seconds(self, flops_per_second: float) -> float:
+        return self.flops / flops_per_second
+
+
+def profile_cost(
+    structure: nn.Module,
+    targets: Sequence[Target],
+    folds: Sequence[Sequence[Features]],
+    calibration: CalibrationConfig,
+    world: int = 1,
+) -> ProfileCost:
+    """Cost of :func:`e2lora.profile.measure_profile`.
+
+    Args:
+        structure: the model, weights not needed (meta device).
+        folds: tokenised calibration rows.
+    """
+    rounds, shapes = [], []
+    for numbers, shares in calibration_rounds(folds, calibration, 0, world):
+        rounds.append(Round(numbers, tuple(Microbatch(None, counts) for _, counts in shares)))
+        shapes += [[len(row["input_ids"]) for row in rows] for rows, _ in shares]
+    padded = [len(lengths) * max(lengths) for lengths in shapes]
+    held = held_bytes(targets, rounds)
+    passes = split_by_size(targets, held, calibration.max_held_gib * 2**30)
+    weights = {id(p): p.numel() for p in structure.parameters()}
+    matrices = sum(m.in_features * m.out_features for m in _linears(structure))
+    sizes = [t.in_features * t.out_features for t in targets]
+    plain = 4.0 * matrices * sum(padded)
+    return ProfileCost(
+        tokens=sum(map(sum, shapes)),
+        padded_tokens=sum(padded),
+        num_microbatches=len(shapes),
+        weights_bytes=BYTES * sum(weights.values()),
+        saved_inputs_bytes=BYTES * max(padded) * sum(t.in_features for t in targets),
+        held_bytes=max(sum(held[t.path] for t in members) for members in passes),
+        spilled_bytes=(1 + len(folds)) * BYTES * sum(sizes) if calibration.pairwise else 0,
+        num_passes=len(passes),
+        flops=len(passes) * plain + 2.0 * sum(sizes) * sum(padded),
+    )
+
+
+def _linears(structure: nn.Module) -> list[Any]:
+    return [m for m in structure.modules() if isinstance(m, nn.Linear)]
+
+
+def flops_per_second(seconds: float = 0.3) -> float:
+    """This machine's rate at float32 matrix products of 1024 x 1024, on the device used."""
+    a = torch.rand(1024, 1024)
+    a @ a
+    began, rounds = time.perf_counter(), 0
+    while time.perf_counter() - began < seconds:
+        a @ a
+        rounds += 1
+    return rounds * 2.0 * 1024**3 / (time.perf_counter() - began)
+
+
+def parameter_range(targets: Sequence[Target], options: PlanConfig) -> tuple[int, int]:
+    """Fewest and most LoRA parameters that the options can come to, before there is a profile.
+
+    Exact and equal where the plan needs none. Otherwise from one interval per module type to as
+    many as it has layers; each rank costs a grant more or less.
+    """
+    if not options.needs_profile:
+        count = build_plan(targets, options).parameters
+        return count, count
+    whole = PlanConfig(topology="all", r=options.r)
+    apart = PlanConfig(topology="none", r=options.r)
+    fewest, most = (build_plan(targets, plan).parameters for plan in (whole, apart))
+    if options.budget == "parameter" or options.topology in ("none",):
+        return most, most
+    return fewest, most
