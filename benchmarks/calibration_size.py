@@ -36,8 +36,8 @@ def main() -> int:
 
     from e2lora.moments import GradientProfile
     from e2lora.plan import SharingPlan
-    from e2lora.plan_entry import Words, request_of
     from e2lora.planning import make_plans
+    from e2lora.planning.entry import Words, request_of
     from e2lora.text_table import text_table
 
     rows = []

@@ -70,7 +70,7 @@ def calibration_folds(
     """Row numbers of the calibration folds: one sample, dealt out; each fold in order of length.
 
     >>> calibration_folds([5, 1, 4, 2], num_samples=4, num_folds=2, seed=0)
-    [[3, 2], [1, 0]]
+    [[1, 2], [3, 0]]
     """
     rows = calibration_rows(len(lengths), num_samples, seed)
     return [sorted(rows[k::num_folds], key=lambda i: lengths[i]) for k in range(num_folds)]

@@ -45,11 +45,10 @@ def draw_ranks(file: Path, plans: Mapping[str, SharingPlan], title: str) -> None
     figure, panels = make_panels(
         len(types) * len(plans), 5.6, 2.5, columns=len(plans) if len(plans) > 1 else None
     )
-    top = max(group.r for plan in plans.values() for group in plan.groups)
     places = ((module_type, label) for module_type in types for label in plans)
     for axes, (module_type, label) in zip(panels, places, strict=True):
         _draw_ranks_of(axes, plans[label], module_type, label if len(plans) > 1 else "")
-        axes.set_ylim(0, top * 1.18)
+        axes.set_ylim(0, 1.18 * max(group.r for group in plans[label].groups))
     base = sorted({plan.options.r for plan in plans.values()})
     dashed = f"dashed: base rank {', '.join(map(str, base))}"
     write_headline(figure, f"{title}: rank per layer ({dashed})")

@@ -21,7 +21,15 @@ from e2lora.profile_cache import ProfileCache
 from e2lora.targets import find_targets, fused_parts, layers_without
 from e2lora.tasks import Features, TrialData
 
-MATHS = ("data", "gradients", "moments", "probe", "profile", "sums", "targets")
+MATHS = (
+    "data",
+    "gradients/__init__",
+    "gradients/probe",
+    "gradients/sums",
+    "moments",
+    "profile",
+    "targets",
+)
 """The rooms whose code decides a profile's numbers."""
 
 

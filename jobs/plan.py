@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
         [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     )  # for workers of a Ray that this process starts
 
-    from e2lora.plan_entry import Words, plan_command
+    from e2lora.planning.entry import Words, plan_command
 
     words = Words(
         space=options.space,

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from e2lora import data, evaluate
-from e2lora.data import calibration_rows, microbatches_of, step_rows
+from e2lora.data import calibration_folds, calibration_rows, microbatches_of, step_rows
+from e2lora.tasks.scores import RowScore
 
 lengths_of_rows = st.lists(st.integers(1, 200), min_size=1, max_size=70)
 batch_sizes = st.integers(1, 40)
@@ -142,15 +143,15 @@ class FakeTask:
         assert tokenizer == "tokenizer"
         return {"numbers": torch.tensor([row["number"] for row in rows])}
 
-    def score(self, model: Any, batch: dict[str, Tensor]) -> list[tuple[float, float]]:
+    def score(self, model: Any, batch: dict[str, Tensor]) -> list[RowScore]:
         numbers = batch["numbers"].tolist()
         self.batches.append(numbers)
         outcomes = model(batch["numbers"]).tolist()
-        return [(outcome, 0.5 * n) for outcome, n in zip(outcomes, numbers, strict=True)]
+        return [RowScore(outcome, 0.5 * n, 1) for outcome, n in zip(outcomes, numbers, strict=True)]
 
-    def metrics(self, scores: Sequence[tuple[float, float]]) -> dict[str, float]:
-        weighted = sum(place * loss for place, (_, loss) in enumerate(scores))
-        return {"accuracy": sum(o for o, _ in scores) / len(scores), "in order": weighted}
+    def metrics(self, scores: Sequence[RowScore]) -> dict[str, float]:
+        weighted = sum(place * row.loss for place, row in enumerate(scores))
+        return {"accuracy": sum(row.outcome for row in scores) / len(scores), "in order": weighted}
 
 
 class FakeGroup:
@@ -228,3 +229,18 @@ def test_evaluation_does_not_depend_on_the_batch_size(batch_size: int) -> None:
     metrics, outcomes, batches = evaluate_once(11, batch_size=batch_size)
     assert (metrics, outcomes) == evaluate_once(11)[:2]
     assert max(len(batch) for batch in batches) == min(batch_size, 11)
+
+
+@given(st.integers(1, 30), st.integers(1, 5), st.integers(0, 9))
+@settings(deadline=None)
+def test_calibration_folds_share_out_one_sample_each_in_order_of_length(
+    num_samples: int, num_folds: int, seed: int
+) -> None:
+    lengths = np.random.default_rng(seed).integers(1, 9, 30).tolist()
+    folds = calibration_folds(lengths, num_samples, num_folds, seed)
+    rows = [row for fold in folds for row in fold]
+    assert sorted(rows) == sorted(calibration_rows(30, num_samples, seed))
+    sizes = [len(fold) for fold in folds]
+    assert max(sizes) - min(sizes) <= 1
+    for fold in folds:
+        assert [lengths[row] for row in fold] == sorted(lengths[row] for row in fold)

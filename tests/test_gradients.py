@@ -418,7 +418,7 @@ def test_pairs_taken_by_small_blocks_of_entries_are_the_same(
 ) -> None:
     case = "several microbatches per fold"
     at_once = measure_folds(case, Toy(), Probing(pairwise=True))
-    monkeypatch.setattr("e2lora.sums.BLOCK_BYTES", 8 * 3 * 7)  # 7 of 72 entries
+    monkeypatch.setattr("e2lora.gradients.sums.BLOCK_BYTES", 8 * 3 * 7)  # 7 of 72 entries
     by_blocks = measure_folds(case, Toy(), Probing(pairwise=True))
     assert by_blocks.layers == at_once.layers
     for name, pairs in at_once.pairs.items():

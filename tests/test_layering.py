@@ -32,8 +32,8 @@ ROOMS = (
     "assets",
     "models",
     "targets",
-    "sums",
-    "probe",
+    "gradients.sums",
+    "gradients.probe",
     "gradients",
     "tasks.rows",
     "tasks.scores",
@@ -45,7 +45,7 @@ ROOMS = (
     "data",
     "profile_cache",
     "profile",
-    "estimate",
+    "planning.estimate",
     "evaluate",
     "checkpoint",
     "engine",
@@ -57,7 +57,7 @@ ROOMS = (
     "verdict",
     "text_table",
     "tables",
-    "plan_tables",
+    "planning.tables",
     "report",
     "worker",
     "cluster",
@@ -71,7 +71,7 @@ ROOMS = (
     "search.ledger",
     "search.study",
     "search.entry",
-    "plan_entry",
+    "planning.entry",
 )
 
 # Package → the only rooms that know it.

@@ -15,7 +15,7 @@ from e2lora.assets import resolve
 from e2lora.config import CalibrationConfig, SftConfig, TextClassificationConfig
 from e2lora.moments import GradientProfile
 from e2lora.plan import SharingPlan
-from e2lora.plan_entry import Words, calibration_of, plans_of, request_of, task_of
+from e2lora.planning.entry import Words, calibration_of, plans_of, request_of, task_of
 from e2lora.profile_cache import ProfileCache
 from tests.conftest import ROOT
 

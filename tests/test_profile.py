@@ -212,7 +212,7 @@ def test_maths_version_follows_the_code(tmp_path: Path, monkeypatch: Any) -> Non
     before = maths_version()
     monkeypatch.setattr(e2lora, "__path__", [str(tmp_path / "e2lora")])
     assert maths_version() == before
-    with (tmp_path / "e2lora" / "gradients.py").open("a") as source:
+    with (tmp_path / "e2lora" / "gradients" / "probe.py").open("a") as source:
         source.write("# changed\n")
     assert maths_version() != before
 

@@ -25,9 +25,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from e2lora.gradients.probe import checkpointed, probed, undisturbed
+from e2lora.gradients.sums import GradientSums, spill_folders
 from e2lora.moments import Fold, LayerGradient, PairStatistics, Target
-from e2lora.probe import checkpointed, probed, undisturbed
-from e2lora.sums import GradientSums, spill_folders
 
 BLOCK_ROWS = 256
 

@@ -66,17 +66,18 @@ def probed(
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """In evaluation mode, without a cache of keys and values; then as it was."""
     training = model.training
-    config: Any = getattr(model, "config", None)
-    caches = getattr(config, "use_cache", None)
+    # parts of a model have configurations of their own, as the decoder of an encoder-decoder
+    configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    caching = [config for config in configs if getattr(config, "use_cache", False)]
     model.eval()
-    if caches:
+    for config in caching:
         config.use_cache = False
     try:
         yield
     finally:
         model.train(training)
-        if caches:
-            config.use_cache = caches
+        for config in caching:
+            config.use_cache = True
 
 
 @contextmanager

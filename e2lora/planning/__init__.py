@@ -21,12 +21,12 @@ from e2lora.config import (
     system_name,
 )
 from e2lora.data import calibration_folds
-from e2lora.estimate import flops_per_second, parameter_range, profile_cost
 from e2lora.figures import draw_entropies, draw_ranks, draw_similarity
 from e2lora.models import load_base, load_structure
 from e2lora.moments import GradientProfile
 from e2lora.plan import build_plan, require_possible
-from e2lora.plan_tables import compare_plans, describe_plan, describe_profile
+from e2lora.planning.estimate import flops_per_second, parameter_range, profile_cost
+from e2lora.planning.tables import compare_plans, describe_plan, describe_profile
 from e2lora.profile import measure_profile
 from e2lora.profile_cache import ProfileCache
 from e2lora.records import write_json
