@@ -14,6 +14,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 PURE = (
+    "config.frozen",
+    "config.tasks",
+    "config.plan",
     "config",
     "moments",
     "partition",

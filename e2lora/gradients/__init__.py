@@ -39,8 +39,7 @@ OnBatch = Callable[[int, int], None]
 class Microbatch:
     """What ``loss_sum`` takes, and how many of its rows belong to each fold of its round, in order.
 
-    The first dimension of a target's input must be the batch's, or run over its rows in order,
-    where there are several folds.
+    Where there are several folds, the first dimension of a target's input must be the batch's.
     """
 
     inputs: Any
@@ -108,7 +107,8 @@ def measure_gradients(
         ValueError: a gradient that is not finite; inputs that can't be told apart by fold.
     """
     total = sum(num_supervised)
-    scales = [total / supervised for supervised in num_supervised] if len(rounds) else []
+    several = len(num_supervised) > 1  # one fold is all rows, which are measured anyway
+    scales = [total / supervised for supervised in num_supervised] if several else []
     passes = _passes(targets, rounds, probing.max_held_bytes, group)
     loss, held = torch.zeros((), dtype=torch.float64), False
     done, num_batches = 0, len(passes) * sum(len(r.microbatches) for r in rounds)
@@ -130,7 +130,7 @@ def measure_gradients(
         if probing.checkpointing:
             stack.enter_context(checkpointed(model, targets))
         for number, members in enumerate(passes):
-            recorder = _Recorder(members, whole, folds if len(folds) > 1 else [], group)
+            recorder = _Recorder(members, whole, folds, group)
             paths = [target.path for target in members]
             with probed(model, paths, recorder.fired, recorder.record), torch.enable_grad():
                 for r in rounds:
@@ -145,10 +145,10 @@ def measure_gradients(
             Fold(
                 num_samples=num_samples[k],
                 num_supervised=num_supervised[k],
-                moments=tuple(folds[k].moments(target) for target in targets),
-                pairs=_told_to_all(folds[k].pairs(targets), group),
+                moments=tuple(fold.moments(target) for target in targets),
+                pairs=_told_to_all(fold.pairs(targets), group),
             )
-            for k in range(len(folds) if len(folds) > 1 else 0)
+            for k, fold in enumerate(folds)
         )
         return Measurement(
             layers=tuple(whole.layer(t, (probing.parts or {}).get(t.path, {})) for t in targets),
@@ -288,9 +288,9 @@ class _Recorder:
         if len(self._round) == 1:
             return [(self._round[0], xs, deltas)]
         num_rows = sum(self._rows)
-        if len(xs) % num_rows or (x.dim() > 2 and x.shape[0] != num_rows):
+        if x.shape[0] != num_rows:  # time first, tokens of all rows, or those routed to an expert
             raise ValueError(
-                "to tell folds apart, a target's input must run over the rows of the batch; "
+                "to tell folds apart, the first dimension of a target's input must be the batch; "
                 f"{path} sees {tuple(x.shape)} for {num_rows} rows. Set calibration.num_folds=1, "
                 "or a microbatch_size below num_samples, so that each microbatch holds one fold."
             )
@@ -331,22 +331,17 @@ class _Recorder:
             if path in self._done:
                 continue
             self.held_some = True
-            # not reached by this worker's batches: others may have a share
-            shares = [(f, self._of_round.pop((f, path), None)) for f in self._round]
+            shares = [(fold, self._held(fold, target)) for fold in self._round]
             for first in range(0, target.out_features, BLOCK_ROWS):
-                num = min(BLOCK_ROWS, target.out_features - first)
-                blocks = [
-                    (
-                        fold,
-                        self._reduced(
-                            torch.zeros(num, target.in_features, device=self._device)
-                            if held is None
-                            else held[first : first + num]
-                        ),
-                    )
-                    for fold, held in shares
-                ]
+                rows = slice(first, first + BLOCK_ROWS)
+                blocks = [(fold, self._reduced(held[rows])) for fold, held in shares]
                 self._add(target, first, blocks, ends=len(shares) == self.num_folds)
+
+    def _held(self, fold: int, target: Target) -> Tensor:
+        held = self._of_round.pop((fold, target.path), None)
+        if held is None:  # not reached by this worker's batches: others may have a share
+            held = torch.zeros(target.out_features, target.in_features, device=self._device)
+        return held
 
     def finish(self) -> None:
         for path, target in self.targets.items():
