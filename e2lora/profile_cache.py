@@ -36,7 +36,7 @@ class ProfileCache:
         file = self._file(key)
         try:
             entry = CacheEntry.model_validate_json(file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (ValidationError, OSError, UnicodeDecodeError) as error:
             return self._distrusted(file, str(error).splitlines()[0])
@@ -45,8 +45,14 @@ class ProfileCache:
         return entry.profile
 
     def store(self, key: str, profile: GradientProfile) -> None:
+        """Keep a profile; where that can't be, say so: what was measured is still good."""
         entry = CacheEntry(key=key, digest=_digest(key, profile), profile=profile)
-        write_json(self._file(key), entry)
+        try:
+            write_json(self._file(key), entry)
+        except OSError as error:
+            print(
+                f"warning: the profile can't be cached in {self.folder}: {error}", file=sys.stderr
+            )
 
     def _file(self, key: str) -> Path:
         return self.folder / f"{key}.json"

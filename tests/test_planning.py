@@ -169,6 +169,12 @@ def test_options_that_the_profile_does_not_suit_exit_with_2_and_say_why(
     assert "absent.json" in told
 
 
+def test_option_that_a_given_profile_leaves_without_effect_is_refused(plan: Any) -> None:
+    code, _, told = plan("--profile", "any.json", "--targets", "query", "--seed", "0")
+    assert code == 2
+    assert "no effect; got --targets, --seed too" in told
+
+
 # ---- dry run ----------------------------------------------------------------------------------
 
 

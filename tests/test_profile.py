@@ -163,6 +163,15 @@ def test_damaged_entry_is_measured_again_and_replaced(
     assert file.read_text() == intact
 
 
+def test_cache_that_cannot_be_written_is_a_warning(
+    measure: Measure, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    profile = measure(trial(), cache=ProfileCache(tmp_path / "file" / "profiles"))
+    assert len(profile.layers) == 12
+    assert "can't be cached" in capsys.readouterr().err
+
+
 def test_entry_under_another_name_is_not_taken(measure: Measure, tmp_path: Path) -> None:
     cache = ProfileCache(tmp_path)
     measure(trial(), cache=cache)

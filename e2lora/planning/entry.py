@@ -52,6 +52,8 @@ def plan_command(words: Words, profile: Path | None, out: Path | None, dry: bool
     """
 
     def run() -> int:
+        if profile:
+            _require_nothing_else(words, dry)
         request = request_of(words)
         if dry:
             print(dry_run(request))
@@ -81,6 +83,29 @@ def request_of(words: Words) -> Request:
         seed=first.seed if words.seed is None else words.seed,
         num_workers=words.num_workers,
     )
+
+
+def _require_nothing_else(words: Words, dry: bool) -> None:
+    """With a profile, what was measured is given.
+
+    Raises:
+        ValueError: naming the options that would have no effect.
+    """
+    given = {
+        "--model": words.model,
+        "--task": words.task,
+        "--targets": words.targets,
+        "--calibration": words.calibration,
+        "--seed": words.seed is not None,
+        "--workers": words.num_workers > 1,
+        "--dry-run": dry,
+    }
+    idle = [option for option, value in given.items() if value]
+    if idle:
+        raise ValueError(
+            "--profile says what was measured, so other options than --plan and --out would have "
+            f"no effect; got {', '.join(idle)} too. Remove them, or --profile."
+        )
 
 
 def _first_point(space: str) -> TrialConfig:
