@@ -35,7 +35,18 @@ EXPERIMENT = "e2lora"
 STUDY_TAG, TRIAL_TAG, RESULT_TAG = "e2lora.study", "e2lora.trial", "e2lora.result"
 ERROR_TAG, NOTE_TAG, PARENT_TAG = "e2lora.error", "mlflow.note.content", "mlflow.parentRunId"
 LABELS = ("model", "task", "topology", "system", "seed")  # parameters that are tags as well
-PLAN_OPTIONS = {"topology", "block_size", "r", "lora_alpha"}
+PLAN_OPTIONS = {"topology", "r", "lora_alpha"}
+SPECIAL_PLAN_OPTIONS = {  # told where they are set: columns of defaults only slow the UI
+    "block_size",
+    "stride",
+    "num_intervals",
+    "partition_seed",
+    "use_rslora",
+    "similarity",
+    "allocation",
+    "beta",
+    "budget",
+}
 TRAINING_OPTIONS = {"learning_rate", "max_steps", "global_batch_size", "zero_stage", "num_workers"}
 DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # MLflow's own defaults wait for minutes
@@ -300,7 +311,8 @@ def _trial_params(config: TrialConfig) -> dict[str, str]:
         "system": config.system,
         "seed": config.seed,
         "target_modules": ", ".join(config.adapter.target_modules),
-        **config.plan.model_dump(include=PLAN_OPTIONS, exclude_none=True),
+        **config.plan.model_dump(include=PLAN_OPTIONS),
+        **config.plan.model_dump(include=SPECIAL_PLAN_OPTIONS, exclude_defaults=True),
         **config.training.model_dump(include=TRAINING_OPTIONS),
     }
     return {name: str(value) for name, value in values.items()}

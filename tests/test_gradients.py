@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import subprocess
@@ -26,6 +27,7 @@ from e2lora.gradients import (
     measure_gradients,
 )
 from e2lora.moments import Fold, LayerGradient, Moments, Target, require_usable
+from e2lora.partition import rmi_literal
 from e2lora.targets import find_targets
 from tests.conftest import model_folder
 
@@ -675,6 +677,25 @@ def test_minilm_classification_equals_autograd(
     batches = classification_batches(tokenizer, sizes)
     used = check_against_autograd(model, ("query", "value"), batches, classification_loss, 6)
     assert used == method
+
+
+def test_printed_rmi_of_minilm_is_that_of_its_concatenated_gradients(
+    minilm: tuple[Any, Any],
+) -> None:
+    model, tokenizer = minilm
+    batches = classification_batches(tokenizer, (6,))
+    targets = find_targets(model, ("query",))
+    gradients = by_autograd(model, targets, batches, classification_loss, 6)
+    layers = measure(model, ("query",), batches, classification_loss, 6).layers
+
+    def entropy(values: Tensor) -> float:
+        return math.log(values.std(correction=0).item()) + 0.5 * math.log(2 * math.pi) + 0.5
+
+    for one, other in itertools.combinations(layers, 2):
+        pair = [gradients[entry.target.path].flatten() for entry in (one, other)]
+        alone, joint = [entropy(values) for values in pair], entropy(torch.cat(pair))
+        expected = (sum(alone) - joint) / min(alone)
+        assert rmi_literal(one.moments, other.moments) == pytest.approx(expected, rel=1e-6)
 
 
 def test_minilm_does_not_depend_on_padding(minilm: tuple[Any, Any]) -> None:

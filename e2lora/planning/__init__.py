@@ -109,9 +109,10 @@ def dry_run(request: Request) -> str:
     ]
     if cost.spilled_bytes:
         lines.append(f"disk    {_size(cost.spilled_bytes)} of gradients, for a while")
-    seconds = cost.seconds(flops_per_second())
+    device = _device()
+    seconds = cost.seconds(flops_per_second(device))
     lines.append(
-        f"time    about {seconds:.0f} s on one CPU process like this one, by its rate of matrix "
+        f"time    about {seconds:.0f} s on a {device} as here now, by its rate of matrix "
         f"products ({cost.flops:.2g} floating point operations; attention's own left out)"
     )
     lines += [f"note    {note}" for note in _missing(layers_without(structure, targets))]
@@ -187,8 +188,7 @@ def _measured(request: Request) -> GradientProfile:
         return _measured_on_workers(config)
     print("loading the model and its rows", file=sys.stderr)
     base = load_base(request.model, task.auto_class, task.num_labels, torch.float32)
-    if torch.cuda.is_available():
-        base.model.to("cuda")
+    base.model.to(_device())
     rows = {split: task.features(split, base.tokenizer) for split in ("train", "validation")}
     data = TrialData(task, rows["train"], rows["validation"])
     return measure_profile(base, data, config, on_batch=_Progress(), cache=ProfileCache())
@@ -213,6 +213,10 @@ def _measured_on_workers(config: TrialConfig) -> GradientProfile:
             payload = {"config": config.model_dump_json(), "file": str(file)}
             pool.run(Job("profile", "profile", spec, payload))
         return GradientProfile.model_validate_json(file.read_text(encoding="utf-8"))
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class _Progress:

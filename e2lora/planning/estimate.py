@@ -79,15 +79,15 @@ def _linears(structure: nn.Module) -> list[Any]:
     return [m for m in structure.modules() if isinstance(m, nn.Linear)]
 
 
-def flops_per_second(seconds: float = 0.3) -> float:
-    """This machine's rate at float32 matrix products of 1024 x 1024, on the device used."""
-    a = torch.rand(1024, 1024)
-    a @ a
+def flops_per_second(device: str, seconds: float = 0.3) -> float:
+    """This device's rate at float32 matrix products of 2048 x 2048."""
+    a = torch.rand(2048, 2048, device=device)
+    total = (a @ a).sum().item()  # waits for the device, here and below
     began, rounds = time.perf_counter(), 0
     while time.perf_counter() - began < seconds:
-        a @ a
+        total += (a @ a).sum().item()
         rounds += 1
-    return rounds * 2.0 * 1024**3 / (time.perf_counter() - began)
+    return rounds * 2.0 * 2048**3 / (time.perf_counter() - began)
 
 
 def parameter_range(targets: Sequence[Target], options: PlanConfig) -> tuple[int, int]:
