@@ -122,7 +122,10 @@ def test_one_plan_leaves_profile_plan_table_and_pictures(plan: Any, tmp_path: Pa
     assert written.profile_fingerprint == profile.fingerprint()
     assert [fold.num_samples for fold in profile.folds] == [8, 8]
     assert f"{written.parameters:,}" in out
-    assert "between 2 folds of 8 samples" in out
+    assert "between 2 folds of 8 samples" in " ".join(out.split())
+    assert all(
+        len(line) <= 120 for line in out.splitlines() if not line.startswith(("json", "png"))
+    )
     assert "attention.self.query" in out
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 
 from e2lora.figures import short_type
@@ -9,15 +10,13 @@ from e2lora.moments import GradientProfile
 from e2lora.plan import Group, SharingPlan
 from e2lora.text_table import text_table
 
-MOST_SHOWN = 16
-
 
 def describe_profile(title: str, profile: GradientProfile) -> str:
     """What was measured, and the range of entropies per module type."""
     p = profile.provenance
     lines = [
-        f"{title}: mean loss {p.mean_loss:.4f} over {p.num_supervised:,} supervised "
-        f"sample(s) or tokens of {p.num_samples} rows, seed {p.seed}",
+        f"{title}: mean loss {p.mean_loss:.4f} ({p.num_samples} rows, {p.num_supervised:,} "
+        f"supervised samples or tokens, seed {p.seed})",
         f"measured in {p.dtype} by {p.method}, {p.num_passes} pass(es), {p.num_workers} worker(s); "
         f"{len(profile.folds) or 1} fold(s)",
     ]
@@ -47,8 +46,8 @@ def describe_plan(title: str, plan: SharingPlan) -> str:
             [
                 short_type(module_type),
                 str(len(groups)),
-                _shown([_layers(group) for group in groups], f"{len(groups)} groups"),
-                _shown([str(group.r) for group in groups], _range([g.r for g in groups])),
+                _wrapped([_layers(group) for group in groups], 34),
+                _wrapped([str(group.r) for group in groups], 24),
                 f"{count:,}",
                 f"{count / plain:.0%}",
                 str(shortfalls.get(module_type, "")),
@@ -65,9 +64,9 @@ def describe_plan(title: str, plan: SharingPlan) -> str:
     ]
     head = ["module type", "groups", "layers", "ranks", "parameters", "of LoRA", "unspent"]
     lines = [f"{title}, r={plan.options.r}", text_table(head, [*rows, total], right=(1, 4, 5, 6))]
-    if plan.stability:
-        lines.append(f"stability: {plan.stability.verdict}")
-    return "\n".join([*lines, *(f"note: {note}" for note in plan.notes)])
+    told = [f"stability: {plan.stability.verdict}"] if plan.stability else []
+    told += [f"note: {note}" for note in plan.notes]
+    return "\n".join([*lines, *(textwrap.fill(x, 110, subsequent_indent="  ") for x in told)])
 
 
 def compare_plans(plans: Mapping[str, SharingPlan]) -> str:
@@ -91,9 +90,8 @@ def compare_plans(plans: Mapping[str, SharingPlan]) -> str:
     return text_table(head, rows, right=(1, 2, 3, 4, 5, 6))
 
 
-def _shown(parts: Sequence[str], otherwise: str) -> str:
-    """All parts where they fit on a line of a terminal."""
-    return " ".join(parts) if len(parts) <= MOST_SHOWN else otherwise
+def _wrapped(parts: Sequence[str], width: int) -> str:
+    return "\n".join(textwrap.wrap(" ".join(parts), width, break_on_hyphens=False))
 
 
 def _range(ranks: Sequence[int]) -> str:
