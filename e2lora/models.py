@@ -132,14 +132,17 @@ def _head_modules(model: Any, missing_keys: Sequence[str]) -> tuple[str, ...]:
 
 
 def reset_head(model: Any, head: Sequence[str], seed: int) -> None:
-    """Initialise the head anew as transformers does a linear layer: N(0, initializer_range²)."""
+    """Initialise the head anew as transformers does a linear layer: N(0, initializer_range²).
+
+    The numbers are drawn on the CPU in float32: they are the same on every device.
+    """
     text_config = model.config.get_text_config()
     std = getattr(text_config, "initializer_range", None) or 0.02
     torch.manual_seed(seed)
     for name in head:
         for module in model.get_submodule(name).modules():
             if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=std)
+                module.weight.data.copy_(torch.empty(module.weight.shape).normal_(std=std))
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif hasattr(module, "reset_parameters"):
@@ -159,22 +162,31 @@ def in_float32(model: nn.Module) -> Iterator[None]:
             parameter.data = parameter.data.to(dtype)
 
 
+FINGERPRINT_CHUNK = 2**20
+FINGERPRINT_FACTOR = 0x1E3779B97F4A7C15  # odd, so that no bit of a product is lost
+
+
 def weights_fingerprint(model: nn.Module, skip: Sequence[str] = ()) -> str:
     """Sixteen hex digits of all weights' names, shapes and bits, those of ``skip`` left out.
 
-    Weights are the parameters and what else a checkpoint holds: quantised ones lie in buffers.
-
-    The bits of a tensor enter as the wrapped sum of its words: one pass, no copy, and any single
-    changed weight shows.
+    Weights are the parameters and what else a checkpoint holds: quantised ones lie in buffers. The
+    bits enter by chunks, as a sum of words with a factor of its own for each place, on the device
+    where they lie: any changed, swapped or moved weight shows.
     """
     digest = hashlib.sha256()
     words = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     kept = model.state_dict().keys()
     buffers = ((name, buffer) for name, buffer in model.named_buffers() if name in kept)
-    for name, parameter in chain(model.named_parameters(), buffers):
+    factors: dict[torch.device, torch.Tensor] = {}
+    for name, tensor in chain(model.named_parameters(), buffers):
         if any(name == module or name.startswith(f"{module}.") for module in skip):
             continue
-        bits = parameter.detach().contiguous().view(words[parameter.element_size()])
-        total = int(bits.sum(dtype=torch.int64))
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {total}\n".encode())
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        if tensor.device not in factors:
+            places = torch.arange(FINGERPRINT_CHUNK, device=tensor.device)
+            factors[tensor.device] = (2 * places + 1) * FINGERPRINT_FACTOR
+        bits = tensor.detach().contiguous().view(words[tensor.element_size()]).flatten()
+        for chunk in bits.split(FINGERPRINT_CHUNK):
+            total = int((chunk.long() * factors[tensor.device][: len(chunk)]).sum())
+            digest.update(f"{total}\n".encode())
     return digest.hexdigest()[:16]

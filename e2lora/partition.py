@@ -58,8 +58,9 @@ def kl(a: Moments, b: Moments) -> float:
     >>> kl(one, one)
     1.0
     """
-    apart = (a.mean - b.mean) ** 2
-    both_ways = (a.std**2 + apart) / (2 * b.std**2) + (b.std**2 + apart) / (2 * a.std**2) - 1.0
+    apart = a.mean - b.mean
+    ratio, shift = (a.std / b.std) ** 2, apart / b.std
+    both_ways = 0.5 * (ratio + shift**2 + 1 / ratio + (apart / a.std) ** 2) - 1.0
     return math.exp(-both_ways)
 
 
@@ -222,8 +223,10 @@ def _explicit(stack: Stack, options: PlanConfig) -> Partition:
 
 
 def explicit_groups(stack: Stack, options: PlanConfig) -> list[ExplicitGroup]:
-    """The groups that the user wrote for this module type, in their order."""
-    return [g for g in options.groups or () if names_type(g.module, stack.module_type)]
+    """The groups that the user wrote for this module type, by depth, however they were written."""
+    mine = [g for g in options.groups or () if names_type(g.module, stack.module_type)]
+    in_order = [g.model_copy(update={"layers": tuple(sorted(g.layers))}) for g in mine]
+    return sorted(in_order, key=lambda group: group.layers)
 
 
 def names_type(module: str, module_type: str) -> bool:

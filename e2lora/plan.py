@@ -68,14 +68,30 @@ class SharingPlan(Frozen):
     notes: tuple[str, ...] = Field(default=(), description="what a reader should know of it")
 
     @model_validator(mode="after")
-    def _counts_are_those_of_the_groups(self) -> SharingPlan:
-        shapes = {t.module_type: t.in_features + t.out_features for t in self.targets}
-        counted = sum(g.r * shapes.get(g.module_type, 0) for g in self.groups)
-        if counted != self.parameters:
-            raise ValueError(
-                f"a plan's `parameters` must be those of its groups, {counted:,}; got "
-                f"{self.parameters:,}. The file was edited: build the plan again."
-            )
+    def _numbers_agree(self) -> SharingPlan:
+        """Of a file that was edited: what stands twice must stand there alike."""
+        limits = {t.module_type: min(t.in_features, t.out_features) for t in self.targets}
+        for g in self.groups:
+            if g.r > limits.get(g.module_type, g.r):
+                raise ValueError(
+                    f"a rank must not exceed min(in, out), {limits[g.module_type]} for "
+                    f"{g.module_type}; got r={g.r}. Build the plan again."
+                )
+            if not math.isclose(g.lora_alpha, _alpha(self.options, g.r)):
+                raise ValueError(
+                    f"α must keep the scale of the base rank, {_alpha(self.options, g.r):g} at "
+                    f"r={g.r}; got {g.lora_alpha:g} for {g.module_type}. Build the plan again."
+                )
+        counts = {
+            "parameters": _count(self.targets, self.groups),
+            "lora_parameters": _count_at(self.targets, self.options.r),
+        }
+        for name, count in counts.items():
+            if getattr(self, name) != count:
+                raise ValueError(
+                    f"a plan's `{name}` must be those of its targets and groups, {count:,}; got "
+                    f"{getattr(self, name):,}. Build the plan again."
+                )
         return self
 
     def groups_of(self, module_type: str) -> list[Group]:
@@ -138,7 +154,6 @@ def build_plan(
             )
             for positions, r in zip(shared.partition, shared.ranks, strict=True)
         ]
-    shapes = {t.module_type: t.in_features + t.out_features for t in targets}
     stability = None
     if profile and len(profile.folds) > 1:
         try:
@@ -152,8 +167,8 @@ def build_plan(
         targets=tuple(targets),
         groups=tuple(groups),
         budgets=tuple(budgets),
-        parameters=sum(group.r * shapes[group.module_type] for group in groups),
-        lora_parameters=sum(options.r * (t.in_features + t.out_features) for t in targets),
+        parameters=_count(targets, groups),
+        lora_parameters=_count_at(targets, options.r),
         stability=stability,
         notes=tuple(notes),
     )
@@ -226,6 +241,17 @@ def _share(stack: Stack, options: PlanConfig, max_rank: int) -> _Shared:
         shortfall=available - spent,
     )
     return _Shared(partition, ranks, budget, note)
+
+
+def _count(targets: Sequence[Target], groups: Sequence[Group]) -> int:
+    """LoRA parameters of groups: r (in + out) each."""
+    sizes = {t.module_type: t.in_features + t.out_features for t in targets}
+    return sum(group.r * sizes.get(group.module_type, 0) for group in groups)
+
+
+def _count_at(targets: Sequence[Target], r: int) -> int:
+    """LoRA parameters with an adapter of rank r for each target."""
+    return sum(r * (t.in_features + t.out_features) for t in targets)
 
 
 def _alpha(options: PlanConfig, r: int) -> float:

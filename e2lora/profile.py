@@ -14,7 +14,7 @@ import torch.distributed as dist
 import e2lora
 from e2lora.config import CalibrationConfig, TrialConfig, fingerprint_of
 from e2lora.data import calibration_folds
-from e2lora.gradients import Microbatch, OnBatch, Probing, Round, measure_gradients
+from e2lora.gradients import Microbatch, OnProgress, Probing, Round, measure_gradients
 from e2lora.models import Base, in_float32, reset_head
 from e2lora.moments import GradientProfile, Provenance, Target
 from e2lora.profile_cache import ProfileCache
@@ -22,15 +22,15 @@ from e2lora.targets import find_targets, fused_parts, layers_without
 from e2lora.tasks import Features, TrialData
 
 MATHS = (
-    "data",
-    "gradients/__init__",
-    "gradients/probe",
-    "gradients/sums",
-    "moments",
-    "profile",
-    "targets",
+    "data.py",
+    "gradients/*.py",
+    "models.py",
+    "moments.py",
+    "profile.py",
+    "targets.py",
+    "tasks/*.py",
 )
-"""The rooms whose code decides a profile's numbers."""
+"""The code that decides a profile's numbers: rows, losses, heads and sums."""
 
 
 def measure_profile(
@@ -38,7 +38,7 @@ def measure_profile(
     data: TrialData,
     config: TrialConfig,
     group: Any = None,
-    on_batch: OnBatch = lambda done, total: None,
+    on_progress: OnProgress = lambda done, total: None,
     cache: ProfileCache | None = None,
 ) -> GradientProfile:
     """The gradient profile of a model on a task, for the trial's seed and target modules.
@@ -48,7 +48,7 @@ def measure_profile(
 
     Args:
         group: process group of all workers, or None for one. Each takes its share of every fold.
-        on_batch: called after each microbatch with how many are done, and of how many.
+        on_progress: called after each microbatch with how many are done, and of how many.
     """
     rank = dist.get_rank(group) if group else 0
     targets = find_targets(base.model, config.adapter.target_modules)
@@ -63,7 +63,7 @@ def measure_profile(
         dist.broadcast_object_list(box, src=dist.get_global_rank(group, 0), group=group)
     if box[0] is not None:
         return box[0]
-    profile = _measure(base, data, config, targets, folds, group, on_batch)
+    profile = _measure(base, data, config, targets, folds, group, on_progress)
     if cache and rank == 0:
         cache.store(key, profile)
     return profile
@@ -76,7 +76,7 @@ def _measure(
     targets: Sequence[Target],
     folds: Sequence[Sequence[Features]],
     group: Any,
-    on_batch: OnBatch,
+    on_progress: OnProgress,
 ) -> GradientProfile:
     rank, world = (dist.get_rank(group), dist.get_world_size(group)) if group else (0, 1)
     calibration, task = config.plan.calibration, data.task
@@ -106,7 +106,7 @@ def _measure(
                 max_held_bytes=calibration.max_held_gib * 2**30,
             ),
             group,
-            on_batch,
+            on_progress,
         )
         dtype = str(base.model.dtype).removeprefix("torch.")
     return GradientProfile(
@@ -140,11 +140,14 @@ def calibration_rounds(
     """Folds in rounds, and this worker's microbatches: rows, and how many are of each fold.
 
     One microbatch with all folds where it holds every worker's share, so that no gradient need be
-    held; else a round per fold, cut into microbatches.
+    held; else a round per fold, cut into microbatches. A batch as long as it is high could hide
+    that a model puts time first, and mix its folds up: it is cut, too.
     """
     size = calibration.microbatch_size
     mine = [list(fold[rank::world]) for fold in folds]
-    if sum(-(-len(fold) // world) for fold in folds) <= size:
+    of_workers = [[row for fold in folds for row in fold[k::world]] for k in range(world)]
+    square = len(folds) > 1 and any(len(rows) == _longest(rows) for rows in of_workers)
+    if max(map(len, of_workers)) <= size and not square:
         rows = [row for share in mine for row in share]
         shares = [(rows, tuple(map(len, mine)))] if rows else []
         return [(tuple(range(len(folds))), shares)]
@@ -155,6 +158,10 @@ def calibration_rounds(
         )
         for number, s in enumerate(mine)
     ]
+
+
+def _longest(rows: Sequence[Features]) -> int:
+    return max((len(row.get("input_ids", ())) for row in rows), default=0)
 
 
 def _cache_key(
@@ -177,9 +184,9 @@ def _cache_key(
 def maths_version() -> str:
     """Changes with any change to the code that decides a profile's numbers."""
     (folder,) = e2lora.__path__
-    sources = [(Path(folder) / f"{room}.py").read_text(encoding="utf-8") for room in MATHS]
-    return fingerprint_of(sources)
+    files = [file for pattern in MATHS for file in sorted(Path(folder).glob(pattern))]
+    return fingerprint_of([[file.name, file.read_text(encoding="utf-8")] for file in files])
 
 
 def _versions() -> dict[str, str]:
-    return {name: version(name) for name in ("torch", "transformers", "datasets")}
+    return {name: version(name) for name in ("torch", "transformers", "datasets", "numpy")}

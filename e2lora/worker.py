@@ -190,7 +190,7 @@ def run_profile_job(work: Work) -> dict[str, Any]:
         work.data,
         work.config,
         work.group,
-        on_batch=lambda done, total: work.reports.alive(),
+        on_progress=lambda done, total: work.reports.alive(),
         cache=ProfileCache(),
     )
     if not work.group or dist.get_rank(work.group) == 0:

@@ -277,8 +277,9 @@ def test_folds_are_measured_in_the_same_pass_as_if_each_were_alone(case: str, tw
 def test_nothing_is_held_where_one_microbatch_has_all_folds() -> None:
     """The toy's 6 targets have 12 x 6 entries of 4 bytes; a sum over folds, a sum over a fold's."""
     targets = find_targets(Toy(), NAMES)
-    sizes = {case: sum(held_bytes(targets, rounds).values()) for case, rounds in ROUNDS.items()}
-    assert list(sizes.values()) == [0, 6 * 72 * 4, 2 * 6 * 72 * 4]
+    counts = [[len(r.microbatches) for r in rounds] for rounds in ROUNDS.values()]
+    sizes = [sum(held_bytes(targets, [count]).values()) for count in counts]
+    assert sizes == [0, 6 * 72 * 4, 2 * 6 * 72 * 4]
     methods = [measure_folds(case, Toy()).method for case in ROUNDS]
     assert methods == ["blocks", "accumulators", "accumulators"]
 
@@ -308,9 +309,10 @@ def test_progress_counts_the_microbatches_of_all_passes() -> None:
         [6],
         [6],
         Probing(max_held_bytes=1),
-        on_batch=lambda done, total: told.append((done, total)),
+        on_progress=lambda done, total: told.append((done, total)),
     )
-    assert told == [(k, 12) for k in range(1, 13)]
+    assert list(dict.fromkeys(told)) == [(k, 12) for k in range(13)]
+    assert told.count((0, 12)) >= 2, "in forward and in backward: one microbatch may take long"
 
 
 def test_inputs_that_do_not_run_over_the_rows_are_refused_not_mixed_up() -> None:
@@ -326,6 +328,43 @@ def test_inputs_that_do_not_run_over_the_rows_are_refused_not_mixed_up() -> None
                 measure_folds(case, Turned())
         else:
             assert_same(measure_folds(case, Turned()).layers, measured(Toy(), toy_batches(6)))
+
+
+def test_time_first_is_not_taken_for_the_batch_where_a_row_has_as_many_tokens() -> None:
+    """Square inputs hide it from the shape: rows of a square batch are cut by folds instead."""
+    from e2lora.config import CalibrationConfig
+    from e2lora.profile import calibration_rounds
+
+    options = CalibrationConfig(num_samples=6, num_folds=2, microbatch_size=6)
+    for length, num_rounds in ((5, 1), (6, 2)):
+        rows = [{"input_ids": [0] * length}] * 3
+        assert len(calibration_rounds([rows, rows], options, 0, 1)) == num_rounds
+
+
+def test_tokens_without_a_batch_dimension_are_refused_where_folds_are_mixed() -> None:
+    """Such as those routed to an expert: as many as rows, by chance."""
+
+    class Routed(Toy):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x[:, 0])
+
+    with pytest.raises(ValueError, match=r"sees \(6, 12\) for 6 rows"):
+        measure_folds("all folds in one microbatch", Routed())
+
+
+def test_limit_of_held_gradients_holds_for_modules_used_twice_too() -> None:
+    """Nothing is to be held by one microbatch; the first layer, used twice, holds two of 288 B."""
+    rounds = one_fold(toy_batches(6))
+    model, targets = Toy(twice=True), find_targets(Toy(), NAMES)
+
+    def measure_with(limit: int) -> Measurement:
+        return measure_gradients(
+            model, targets, rounds, toy_loss, [6], [6], Probing(max_held_bytes=limit)
+        )
+
+    assert measure_with(2 * 288).method == "accumulators"
+    with pytest.raises(ValueError, match=r"used several times in one forward.*max_held_gib|Set it"):
+        measure_with(2 * 288 - 1)
 
 
 # ---- activation checkpointing -----------------------------------------------------------------
@@ -415,6 +454,20 @@ def test_pairs_are_those_of_the_gradients_themselves(case: str) -> None:
                 )
 
 
+def test_pairs_of_weights_with_more_rows_than_a_block_are_exact() -> None:
+    width = BLOCK_ROWS // 2 + 5
+    model = Toy(num_layers=2, width=width)
+    targets = find_targets(model, ("up",))
+    batch = toy_batches(3, width=width)
+    rounds, probing = one_fold(batch), Probing(pairwise=True)
+    found = measure_gradients(model, targets, rounds, toy_loss, [3], [3], probing)
+    a, b = (g.flatten() for g in by_autograd(model, targets, batch, toy_loss, 3).values())
+    pairs = found.pairs["layers.*.up"]
+    assert pairs.inner[0][1] == pytest.approx((a @ b).item(), rel=1e-4)
+    assert pairs.l1[0][1] == pytest.approx((a - b).abs().sum().item(), rel=1e-5)
+    assert pairs.l2[0][1] == pytest.approx((a - b).norm().item(), rel=1e-5)
+
+
 def test_pairs_taken_by_small_blocks_of_entries_are_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -484,6 +537,50 @@ def test_model_is_left_as_it_was_even_after_an_error(training: bool, fails: bool
     assert not model(toy_batches(6)[0]).requires_grad
 
 
+def test_modes_of_parts_come_back_and_weights_get_no_grad() -> None:
+    model = Toy().train()
+    model.layers[1].eval()
+    model.requires_grad_(True)
+    with torch.no_grad():
+        measured(model, toy_batches(6))
+    assert model.training
+    assert not model.layers[1]["up"].training
+    assert model.layers[0]["up"].training
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_no_hook_is_left_where_a_target_is_not_there() -> None:
+    model = Toy()
+    first, *_ = find_targets(model, NAMES)
+    absent = first.model_copy(update={"path": "layers.0.sideways"})
+    with pytest.raises(AttributeError):
+        measure_gradients(model, [first, absent], one_fold(toy_batches(6)), toy_loss, [6], [6])
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_outputs_changed_in_place_and_inputs_by_name_are_measured_right() -> None:
+    class Odd(Toy):
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                hidden = layer["up"](input=x)
+                hidden /= 2.0
+                x = x + layer["down"](torch.tanh(hidden))
+            return x
+
+    assert check_against_autograd(Odd(), NAMES, toy_batches(6), toy_loss, 6) == "blocks"
+
+
+def test_autocast_around_it_does_not_round_the_gradients() -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = measured(Toy(), toy_batches(6))
+    assert inside == measured(Toy(), toy_batches(6))
+
+
+def test_backward_through_float16_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"float16.*layers\.2\.down.*bfloat16"):
+        measured(Toy().half(), [batch.half() for batch in toy_batches(6)])
+
+
 def test_measures_inside_no_grad() -> None:
     with torch.no_grad():
         layers = measured(Toy(), toy_batches(6))
@@ -548,6 +645,30 @@ def _worker() -> None:
             "pairs": {name: pairs.model_dump() for name, pairs in found.pairs.items()},
             "method": found.method,
         }
+    result["limited"] = measure_gradients(
+        Toy(),
+        find_targets(Toy(), NAMES),
+        SHARED_ROUNDS[rank]["folds apart"],
+        of_rows,
+        FOLDS,
+        FOLDS,
+        Probing(max_held_bytes=2 * 2 * 72 * 4),
+        group,
+    ).num_passes
+    for case, used in UNLIKE.items():
+        model = Toy()
+        model.used = used[rank]
+        try:
+            found = measure(model, NAMES, toy_batches(3, 3)[rank : rank + 1], toy_loss, 6, group)
+            result[case] = [entry.moments.std for entry in found.layers]
+        except RuntimeError as error:
+            result[case] = str(error)
+    model = CutOff(cut=rank == 1)
+    try:
+        measure(model, NAMES, toy_batches(3, 3)[rank : rank + 1], toy_loss, 6, group)
+        result["cut off"] = "measured"
+    except RuntimeError as error:
+        result["cut off"] = str(error)
     (folder / f"{rank}.json").write_text(json.dumps(result))
     dist.barrier(group)  # neither may leave while the other still speaks with it
     dist.destroy_process_group()
@@ -579,6 +700,27 @@ SHARED_ROUNDS = [
         ],
     },
 ]
+
+
+UNLIKE = {
+    "layers used by one worker only": ([0, 1, 2], [0, 2]),
+    "layers in another order": ([0, 1, 2], [2, 1, 0]),
+    "a layer used twice by one worker": ([0, 1, 2], [0, 1, 2, 1]),
+}
+
+
+class CutOff(Toy):
+    """Forward reaches all layers; the loss of some workers doesn't go back to the second."""
+
+    def __init__(self, cut: bool) -> None:
+        super().__init__()
+        self.cut = cut
+
+    def forward(self, x: Tensor) -> Tensor:
+        for number, layer in enumerate(self.layers):
+            branch = layer["down"](torch.tanh(layer["up"](x)))
+            x = x + (branch.detach() if self.cut and number == 1 else branch)
+        return x
 
 
 @pytest.fixture(scope="module")
@@ -631,6 +773,35 @@ def test_two_workers_measure_folds_and_pairs_as_one_does(
         np.testing.assert_allclose(first["pairs"][name]["l1"], pairs.l1, rtol=1e-5)
 
 
+def test_two_workers_make_the_passes_that_the_fuller_one_needs(
+    of_two_workers: list[dict[str, Any]],
+) -> None:
+    assert [results["limited"] for results in of_two_workers] == [3, 3]
+
+
+@pytest.mark.parametrize("case", UNLIKE)
+def test_workers_whose_forwards_differ_still_sum_what_belongs_together(
+    of_two_workers: list[dict[str, Any]], case: str
+) -> None:
+    """The reference adds both workers' gradients, each of its own way through the layers."""
+    parts = []
+    for used, batch in zip(UNLIKE[case], toy_batches(3, 3), strict=True):
+        model = Toy()
+        model.used = used
+        parts.append(by_autograd(model, find_targets(model, NAMES), [batch], toy_loss, 6))
+    expected = [(parts[0][path] + parts[1][path]).std(correction=0).item() for path in parts[0]]
+    for results in of_two_workers:
+        assert results[case] == pytest.approx(expected, rel=TOLERANCE)
+
+
+def test_workers_whose_backwards_differ_say_so_instead_of_mixing_gradients(
+    of_two_workers: list[dict[str, Any]],
+) -> None:
+    for results in of_two_workers:
+        assert "all workers must reach the same targets" in results["cut off"]
+        assert "layers.1.down" in results["cut off"]
+
+
 # ---- real models ------------------------------------------------------------------------------
 
 TEXTS = [
@@ -655,7 +826,7 @@ def minilm() -> tuple[Any, Any]:
     return model.requires_grad_(False).eval(), AutoTokenizer.from_pretrained(folder)
 
 
-def classification_batches(tokenizer: Any, sizes: Sequence[int]) -> list[dict[str, Tensor]]:
+def classification_progresses(tokenizer: Any, sizes: Sequence[int]) -> list[dict[str, Tensor]]:
     batches, begin = [], 0
     for size in sizes:
         batch = dict(tokenizer(TEXTS[begin : begin + size], padding=True, return_tensors="pt"))
@@ -674,7 +845,7 @@ def test_minilm_classification_equals_autograd(
     minilm: tuple[Any, Any], sizes: tuple[int, ...], method: str
 ) -> None:
     model, tokenizer = minilm
-    batches = classification_batches(tokenizer, sizes)
+    batches = classification_progresses(tokenizer, sizes)
     used = check_against_autograd(model, ("query", "value"), batches, classification_loss, 6)
     assert used == method
 
@@ -683,7 +854,7 @@ def test_printed_rmi_of_minilm_is_that_of_its_concatenated_gradients(
     minilm: tuple[Any, Any],
 ) -> None:
     model, tokenizer = minilm
-    batches = classification_batches(tokenizer, (6,))
+    batches = classification_progresses(tokenizer, (6,))
     targets = find_targets(model, ("query",))
     gradients = by_autograd(model, targets, batches, classification_loss, 6)
     layers = measure(model, ("query",), batches, classification_loss, 6).layers
@@ -704,7 +875,7 @@ def test_minilm_does_not_depend_on_padding(minilm: tuple[Any, Any]) -> None:
         measure(
             model,
             ("query", "value"),
-            classification_batches(tokenizer, sizes),
+            classification_progresses(tokenizer, sizes),
             classification_loss,
             6,
         ).layers

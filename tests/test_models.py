@@ -261,6 +261,28 @@ def test_fingerprint_shows_the_smallest_change_of_any_weight(dtype: torch.dtype)
     assert weights_fingerprint(model, skip=head) == before
 
 
+def test_fingerprint_shows_weights_that_changed_places() -> None:
+    linear = torch.nn.Linear(6, 6, bias=False)
+    before = weights_fingerprint(linear)
+    kept = linear.weight.data.clone()
+    for moved in (kept.T, kept.flip(0), kept.roll(1, 0), -kept.T):
+        linear.weight.data = moved.contiguous()
+        assert weights_fingerprint(linear) != before
+    linear.weight.data = kept
+    assert weights_fingerprint(linear) == before
+
+
+def test_fingerprint_shows_quantised_weights_which_lie_in_buffers() -> None:
+    module = torch.nn.Module()
+    module.register_buffer("packed", torch.arange(8, dtype=torch.int32))
+    module.register_buffer("scratch", torch.zeros(2), persistent=False)
+    before = weights_fingerprint(module)
+    module.scratch += 1
+    assert weights_fingerprint(module) == before
+    module.packed[3] += 1
+    assert weights_fingerprint(module) != before
+
+
 def test_fingerprint_skips_whole_modules_only() -> None:
     model, _ = classifier_of("bert")
     assert weights_fingerprint(model, skip=["classif"]) == weights_fingerprint(model)

@@ -231,6 +231,15 @@ def test_rounding_of_the_mean_never_cuts(far: float) -> None:
     assert cut_by_similarity(matrix) == ((0, 1, 2, 3),)
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-12, 1e12])
+def test_slack_follows_the_size_of_the_similarities(scale: float) -> None:
+    """Distances carry the scale of the loss. Layer 0's mean is 2; what lies 1e-8 of it beyond the
+    mean is cut off, what lies 1e-12 beyond it isn't."""
+    for beyond, expected in ((1e-8, ((0,), (1, 2))), (1e-12, ((0, 1, 2),))):
+        distances = np.array([[0, 2 + beyond, 2 - beyond], [2 + beyond, 0, 1], [2 - beyond, 1, 0]])
+        assert cut_by_similarity(-scale * distances) == expected
+
+
 @given(st.floats(1e-8, 1e3), st.floats(1e-8, 1e3))
 def test_two_layers_always_share(a: float, b: float) -> None:
     assert cut_by_similarity(similarity_matrix("rmi", gradients([a, b]))) == ((0, 1),)

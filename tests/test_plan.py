@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from itertools import pairwise
 
@@ -156,6 +157,29 @@ def test_rank_allocation_alone_gives_every_layer_its_own_interval() -> None:
     assert plan.parameters == plan.lora_parameters
 
 
+def test_allocation_and_beta_of_the_options_are_what_is_used() -> None:
+    """`shifted`: H − H_min + 1.419 over the type's layers, so 1.419 and 1.419 + ln 4 = 2.805 of 20
+    layer ranks; β = 1: weights 1 and 4 (r + ½ as 1 : 4 over lengths 2, 2, 1)."""
+    shifted = plan_of(topology="e2", allocation="shifted")
+    assert shape_of(shifted) == [((0, 1), 3), ((2, 3), 5), ((4,), 3)]
+    steep = plan_of(topology="e2", beta=1.0)
+    assert shape_of(steep) == [((0, 1), 2), ((2, 3), 7), ((4,), 2)]
+
+
+def test_lowest_entropy_of_shifted_is_over_layers_not_intervals() -> None:
+    """σ 1, e, e², e², so H 0, 1, 2, 2 above the lowest: intervals (0, 1) and (2, 3) have 1 and 2,
+    weights 2.419 and 3.419 of 16 ranks: (r + ½) as those of 17, 7.0 and 10.0. Over intervals it
+    would be 1.419 and 2.419: 6.3 and 10.7."""
+    targets = make_targets(4, q=(64, 64))
+    groups = tuple(ExplicitGroup(module="q", layers=part) for part in ((0, 1), (2, 3)))
+    options = PlanConfig(
+        topology="explicit", groups=groups, allocation="shifted", budget="interval", r=8
+    )
+    stds = [1e-4 * math.e**k for k in (0, 1, 2, 2)]
+    plan = build_plan(targets, options, make_profile(targets, stds))
+    assert [r for _, r in shape_of(plan)] == [7, 9]
+
+
 def test_budgets_of_one_partition() -> None:
     """Weights ½, 1, ½. `interval`: 12 ranks, `parameter`: 20; (r + ½) as 1 : 2 : 1."""
     assert shape_of(plan_of(topology="e2", budget="interval")) == [
@@ -199,6 +223,30 @@ def test_explicit_groups_may_bring_their_own_ranks() -> None:
         build_plan(make_targets(5), PlanConfig(topology="explicit", groups=high))
 
 
+def test_explicit_groups_give_one_plan_however_they_are_written() -> None:
+    """Also where grants tie: five equal layers, 5 ranks for two groups of one weight."""
+    targets = make_targets(5)
+    profile = make_profile(targets, [1.0] * 5)
+    parts = [(0, 1, 2), (3, 4)]
+    written = [parts, parts[::-1], [(2, 0, 1), (4, 3)]]
+    plans = [
+        build_plan(
+            targets,
+            PlanConfig(
+                topology="explicit",
+                groups=tuple(ExplicitGroup(module="q", layers=part) for part in layers),
+                allocation="entropy_power",
+                budget="parameter",
+                r=1,
+            ),
+            profile,
+        )
+        for layers in written
+    ]
+    assert shape_of(plans[0]) == [((0, 1, 2), 3), ((3, 4), 2)]
+    assert plans[0].groups == plans[1].groups == plans[2].groups
+
+
 def test_explicit_group_of_a_module_that_is_not_adapted_is_refused() -> None:
     groups = tuple(ExplicitGroup(module=name, layers=(0, 1)) for name in ("q", "v"))
     with pytest.raises(ValueError, match=r"\['v'\] name none of \['h\.\*\.q'\]"):
@@ -229,11 +277,20 @@ def test_softmax_of_nearly_equal_entropies_is_noted() -> None:
     assert build_plan(targets, PlanConfig(**PRESETS["hra_only"]), profile).notes == ()
 
 
-def test_plan_whose_count_is_not_that_of_its_groups_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"r":2,"lora_alpha":16.0}', '"r":3,"lora_alpha":24.0}', r"`parameters`.* 80; got 64"),
+        ('"r":2,"lora_alpha":16.0}', '"r":9,"lora_alpha":72.0}', "r=9"),
+        ('"r":2,"lora_alpha":16.0}', '"r":2,"lora_alpha":3.0}', "scale of the base rank, 16"),
+        ('"lora_parameters":64', '"lora_parameters":1', "`lora_parameters`.* 64; got 1"),
+    ],
+)
+def test_plan_whose_numbers_were_edited_is_refused(old: str, new: str, message: str) -> None:
     text = build_plan(make_targets(2), PlanConfig(r=2)).model_dump_json()
-    edited = text.replace('"r":2,"lora_alpha":16.0}', '"r":3,"lora_alpha":16.0}', 1)
+    edited = text.replace(old, new, 1)
     assert edited != text
-    with pytest.raises(ValidationError, match="build the plan again"):
+    with pytest.raises(ValidationError, match=message):
         SharingPlan.model_validate_json(edited)
 
 

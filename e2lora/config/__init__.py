@@ -184,7 +184,7 @@ def system_name(plan: PlanConfig, adapter: AdapterConfig) -> str:
         "strided": f"strided({plan.stride})",
         "random": f"random({plan.num_intervals or 'E²'}, seed {plan.partition_seed})",
         "matched": "matched blocks",
-        "explicit": "explicit",
+        "explicit": f"explicit {fingerprint_of([g.model_dump() for g in plan.groups or ()])[:4]}",
         "e2": "E²LoRA" if allocated else "LSS only",
     }
     name = names[plan.topology]
@@ -205,6 +205,8 @@ def system_name(plan: PlanConfig, adapter: AdapterConfig) -> str:
             details.append(f"budget {plan.budget}")
     details += ["rsLoRA"] if plan.use_rslora else []
     name += f" ({', '.join(details)})" if details else ""
+    if name == "E²LoRA" and shares_a:
+        return "E²ShareLoRA"
     return f"{name} + shared A" if shares_a and name != "ShareLoRA-A" else name
 
 

@@ -15,7 +15,6 @@ The gradient over all folds is the sum of theirs. Where one round holds them all
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -25,33 +24,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from e2lora.gradients.probe import checkpointed, probed, undisturbed
+from e2lora.gradients.probe import checkpointed, device_of, probed, undisturbed
+from e2lora.gradients.recorder import BLOCK_ROWS, Microbatch, Recorder, Round, of_all_workers
 from e2lora.gradients.sums import GradientSums, spill_folders
 from e2lora.moments import Fold, LayerGradient, PairStatistics, Target
 
-BLOCK_ROWS = 256
+__all__ = [
+    "BLOCK_ROWS",
+    "Measurement",
+    "Microbatch",
+    "Probing",
+    "Round",
+    "held_bytes",
+    "measure_gradients",
+    "split_by_size",
+]
 
 LossSum = Callable[[Any, Any], Tensor]
-OnBatch = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Microbatch:
-    """What ``loss_sum`` takes, and how many of its rows belong to each fold of its round, in order.
-
-    Where there are several folds, the first dimension of a target's input must be the batch's.
-    """
-
-    inputs: Any
-    rows: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Round:
-    """Whole folds, by their numbers, and this worker's share of their rows."""
-
-    folds: tuple[int, ...]
-    microbatches: tuple[Microbatch, ...]
+OnProgress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -89,7 +79,7 @@ def measure_gradients(
     num_supervised: Sequence[int],
     probing: Probing = Probing(),
     group: Any = None,
-    on_batch: OnBatch = lambda done, total: None,
+    on_progress: OnProgress = lambda done, total: None,
 ) -> Measurement:
     """Statistics of ∂(mean loss)/∂W for every target, exact for the sum over all microbatches.
 
@@ -101,7 +91,8 @@ def measure_gradients(
             their sum (a fold's by its own), so the result depends on neither microbatch size nor
             number of workers.
         group: process group of all workers, or None for one.
-        on_batch: called after each microbatch with how many are done, and of how many.
+        on_progress: called after each microbatch, and often in between, with how many are done
+            and of how many.
 
     Raises:
         ValueError: a gradient that is not finite; inputs that can't be told apart by fold.
@@ -109,17 +100,12 @@ def measure_gradients(
     total = sum(num_supervised)
     several = len(num_supervised) > 1  # one fold is all rows, which are measured anyway
     scales = [total / supervised for supervised in num_supervised] if several else []
-    passes = _passes(targets, rounds, probing.max_held_bytes, group)
-    loss, held = torch.zeros((), dtype=torch.float64), False
-    done, num_batches = 0, len(passes) * sum(len(r.microbatches) for r in rounds)
+    microbatches = of_all_workers([len(r.microbatches) for r in rounds], group)
+    passes = split_by_size(targets, held_bytes(targets, microbatches), probing.max_held_bytes)
+    progress = _Progress(on_progress, len(passes) * sum(len(r.microbatches) for r in rounds))
 
-    def mean_loss(model: Any, inputs: Any) -> Tensor:
+    def mean_loss(inputs: Any) -> Tensor:
         return loss_sum(model, inputs) / total
-
-    def tell_one_more() -> None:
-        nonlocal done
-        done += 1
-        on_batch(done, num_batches)
 
     with ExitStack() as stack:
         first = group is None or dist.get_rank(group) == 0
@@ -129,15 +115,15 @@ def measure_gradients(
         stack.enter_context(undisturbed(model))
         if probing.checkpointing:
             stack.enter_context(checkpointed(model, targets))
-        for number, members in enumerate(passes):
-            recorder = _Recorder(members, whole, folds, group)
-            paths = [target.path for target in members]
-            with probed(model, paths, recorder.fired, recorder.record), torch.enable_grad():
-                for r in rounds:
-                    part = recorder.run(model, r, mean_loss, tell_one_more)
-                    loss += part if number == 0 else 0.0
-            recorder.finish()
+        devices = {t.path: device_of(model.get_submodule(t.path)) for t in targets}
+        losses, held = [], False
+        for members in passes:
+            recorder = Recorder(
+                members, whole, folds, devices, probing.max_held_bytes, group, progress.alive
+            )
+            losses.append(_one_pass(model, recorder, rounds, mean_loss, progress))
             held = held or recorder.held_some
+        loss = losses[0]
         if group is not None:
             dist.all_reduce(loss, group=group)
         whole.require_finite(targets)
@@ -146,18 +132,56 @@ def measure_gradients(
                 num_samples=num_samples[k],
                 num_supervised=num_supervised[k],
                 moments=tuple(fold.moments(target) for target in targets),
-                pairs=_told_to_all(fold.pairs(targets), group),
+                pairs=_told_to_all(fold.pairs(targets, progress.alive), group),
             )
             for k, fold in enumerate(folds)
         )
         return Measurement(
             layers=tuple(whole.layer(t, (probing.parts or {}).get(t.path, {})) for t in targets),
-            pairs=_told_to_all(whole.pairs(targets), group),
+            pairs=_told_to_all(whole.pairs(targets, progress.alive), group),
             folds=per_fold,
             mean_loss=float(loss),
-            method="accumulators" if held else "blocks",
+            method="accumulators" if any(of_all_workers(held, group)) else "blocks",
             num_passes=len(passes),
         )
+
+
+def _one_pass(
+    model: nn.Module,
+    recorder: Recorder,
+    rounds: Sequence[Round],
+    mean_loss: Callable[[Any], Tensor],
+    progress: _Progress,
+) -> Tensor:
+    """Forward and backward of all rounds for the recorder's targets; this worker's loss."""
+    total = torch.zeros((), dtype=torch.float64)
+    with probed(model, list(recorder.targets), recorder.fired, recorder.record) as backward:
+        for r in rounds:
+            recorder.begin_round(r)
+            for microbatch in r.microbatches:
+                recorder.before_forward(microbatch)
+                loss = mean_loss(microbatch.inputs)
+                recorder.after_forward()
+                backward(loss)
+                total += loss.detach().double().cpu()
+                progress.one_more()
+            recorder.end_round()
+    recorder.finish()
+    return total
+
+
+class _Progress:
+    """Microbatches done, told after each, and in between too: large ones take long."""
+
+    def __init__(self, tell: OnProgress, num_batches: int) -> None:
+        self._tell, self._done, self._num_batches = tell, 0, num_batches
+
+    def alive(self) -> None:
+        self._tell(self._done, self._num_batches)
+
+    def one_more(self) -> None:
+        self._done += 1
+        self.alive()
 
 
 def _told_to_all(value: Any, group: Any) -> Any:
@@ -168,28 +192,19 @@ def _told_to_all(value: Any, group: Any) -> Any:
     return box[0]
 
 
-def held_bytes(targets: Sequence[Target], rounds: Sequence[Round]) -> dict[str, int]:
+def held_bytes(targets: Sequence[Target], microbatches: Sequence[Sequence[int]]) -> dict[str, int]:
     """Bytes of accumulators that each target takes, where it fires once per forward.
 
-    None where one microbatch holds all folds; one gradient for the sum over rounds, and one more
-    for that of a round of several microbatches.
+    None where one microbatch of each worker holds all folds; one gradient for the sum over rounds,
+    and one more for that of a round that isn't one microbatch on every worker.
+
+    Args:
+        microbatches: how many each worker has in each round.
     """
-    several_rounds = len(rounds) > 1
-    several_microbatches = any(len(r.microbatches) > 1 for r in rounds)
-    copies = int(several_rounds) + int(several_microbatches)
+    several_rounds = len(microbatches[0]) > 1
+    cut = any(num != 1 for of_worker in microbatches for num in of_worker)
+    copies = int(several_rounds) + int(cut)
     return {t.path: 4 * copies * t.in_features * t.out_features for t in targets}
-
-
-def _passes(
-    targets: Sequence[Target], rounds: Sequence[Round], limit: float, group: Any
-) -> list[list[Target]]:
-    """Targets in groups whose accumulators keep the limit; the same on every worker."""
-    sizes = held_bytes(targets, rounds)
-    if group is not None:  # every worker must make the same passes
-        of_all: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(of_all, sizes, group=group)
-        sizes = {path: max(one[path] for one in of_all) for path in sizes}
-    return split_by_size(targets, sizes, limit)
 
 
 def split_by_size(
@@ -205,146 +220,3 @@ def split_by_size(
         passes[-1].append(target)
         room -= sizes[target.path]
     return passes
-
-
-class _Recorder:
-    """Gathers what backward sees of some targets, in the way the module docstring says."""
-
-    def __init__(
-        self,
-        targets: Sequence[Target],
-        whole: GradientSums,
-        folds: Sequence[GradientSums],
-        group: Any,
-    ) -> None:
-        self.targets = {target.path: target for target in targets}
-        self.whole, self.folds, self.group = whole, folds, group
-        self.num_folds = max(1, len(folds))
-        self._forwards: Counter[str] = Counter()
-        self._counting = False
-        self.held_some = False
-        self._device = torch.device("cpu")
-        self._rows: tuple[int, ...] = ()
-        self._round: tuple[int, ...] = ()
-        self._whole_at_once: frozenset[str] = frozenset()
-        self._done: set[str] = set()
-        self._of_round: dict[tuple[int, str], Tensor] = {}
-        self._of_all: dict[str, Tensor] = {}
-
-    def run(
-        self, model: nn.Module, r: Round, loss_of: LossSum, on_batch: Callable[[], None]
-    ) -> Tensor:
-        """Forward and backward of a round on this worker, and its gradients finished on all."""
-        total = torch.zeros((), dtype=torch.float64)
-        once_everywhere = self._agree(len(r.microbatches)) == 1
-        self._round, self._done, self._whole_at_once = r.folds, set(), frozenset()
-        for microbatch in r.microbatches:
-            self._rows = microbatch.rows
-            self._forwards.clear()
-            self._counting = True  # activation checkpointing runs forwards again in backward
-            loss = loss_of(model, microbatch.inputs)
-            self._counting = False
-            if once_everywhere and self._agree(dict(self._forwards)) is not None:
-                self._whole_at_once = frozenset(p for p, n in self._forwards.items() if n == 1)
-            if loss.requires_grad:  # else it reaches no target: σ = 0, see require_usable
-                loss.backward()
-            total += loss.detach().double().cpu()
-            on_batch()
-        self._end_round()
-        return total
-
-    def fired(self, path: str) -> None:
-        if self._counting:
-            self._forwards[path] += 1
-
-    def _agree(self, value: Any) -> Any:
-        """The value, if all workers have the same one; else None. Collective."""
-        if self.group is None:
-            return value
-        values: list[Any] = [None] * dist.get_world_size(self.group)
-        dist.all_gather_object(values, value, group=self.group)
-        return value if all(other == value for other in values) else None
-
-    def record(self, path: str, x: Tensor, delta: Tensor) -> None:
-        target, self._device = self.targets[path], delta.device
-        shares = self._shares(path, x, delta)
-        if path not in self._whole_at_once:
-            for fold, xs, deltas in shares:
-                held = self._of_round.get((fold, path))
-                if held is None:
-                    self._of_round[fold, path] = deltas.T @ xs
-                else:
-                    held.addmm_(deltas.T, xs)
-            return
-        self._done.add(path)
-        for first in range(0, target.out_features, BLOCK_ROWS):
-            rows = slice(first, first + BLOCK_ROWS)
-            blocks = [(fold, self._reduced(d[:, rows].T @ xs)) for fold, xs, d in shares]
-            self._add(target, first, blocks, ends=len(shares) == self.num_folds)
-
-    def _shares(self, path: str, x: Tensor, delta: Tensor) -> list[tuple[int, Tensor, Tensor]]:
-        """Fold, x (tokens x in) and δ (tokens x out) of each fold of the round."""
-        xs, deltas = (t.detach().reshape(-1, t.shape[-1]).float() for t in (x, delta))
-        if len(self._round) == 1:
-            return [(self._round[0], xs, deltas)]
-        num_rows = sum(self._rows)
-        if x.shape[0] != num_rows:  # time first, tokens of all rows, or those routed to an expert
-            raise ValueError(
-                "to tell folds apart, the first dimension of a target's input must be the batch; "
-                f"{path} sees {tuple(x.shape)} for {num_rows} rows. Set calibration.num_folds=1, "
-                "or a microbatch_size below num_samples, so that each microbatch holds one fold."
-            )
-        sizes = [rows * (len(xs) // num_rows) for rows in self._rows]
-        return list(zip(self._round, xs.split(sizes), deltas.split(sizes), strict=True))
-
-    def _reduced(self, block: Tensor) -> Tensor:
-        """Summed over all workers: they visit targets and blocks in one order."""
-        if self.group is None:
-            return block
-        block = block.cpu().contiguous()
-        dist.all_reduce(block, group=self.group)
-        return block
-
-    def _add(
-        self, target: Target, first: int, blocks: Sequence[tuple[int, Tensor]], ends: bool
-    ) -> None:
-        """Whole blocks of some folds; ``ends``: these are all folds there are."""
-        if self.folds:
-            for fold, block in blocks:
-                self.folds[fold].add(target, first, block)
-        total = blocks[0][1]
-        for _, block in blocks[1:]:
-            total = total + block
-        if ends:
-            self.whole.add(target, first, total)
-            return
-        self.held_some = True
-        held = self._of_all.get(target.path)
-        if held is None:
-            shape = (target.out_features, target.in_features)
-            held = self._of_all[target.path] = torch.zeros(shape, device=total.device)
-        held[first : first + len(total)] += total
-
-    def _end_round(self) -> None:
-        """Whatever the round's targets didn't finish in backward, in the order of the targets."""
-        for path, target in self.targets.items():
-            if path in self._done:
-                continue
-            self.held_some = True
-            shares = [(fold, self._held(fold, target)) for fold in self._round]
-            for first in range(0, target.out_features, BLOCK_ROWS):
-                rows = slice(first, first + BLOCK_ROWS)
-                blocks = [(fold, self._reduced(held[rows])) for fold, held in shares]
-                self._add(target, first, blocks, ends=len(shares) == self.num_folds)
-
-    def _held(self, fold: int, target: Target) -> Tensor:
-        held = self._of_round.pop((fold, target.path), None)
-        if held is None:  # not reached by this worker's batches: others may have a share
-            held = torch.zeros(target.out_features, target.in_features, device=self._device)
-        return held
-
-    def finish(self) -> None:
-        for path, target in self.targets.items():
-            held = self._of_all.pop(path, None)
-            if held is not None:
-                self.whole.add(target, 0, held)

@@ -7,8 +7,9 @@ the input x, and sees the output's gradient δ in backward.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -30,7 +31,8 @@ class _Probe(torch.autograd.Function):
     def forward(ctx: Any, output: Tensor, x: Tensor, anchor: Tensor, record: Any) -> Tensor:
         ctx.save_for_backward(x)
         ctx.record = record
-        return output.view_as(output)
+        # the same memory, but no view to autograd: some models go on in place
+        return torch.ops.aten._unsafe_view.default(output, output.shape)
 
     @staticmethod
     def backward(ctx: Any, *deltas: Any) -> tuple[Tensor, None, None, None]:
@@ -43,29 +45,45 @@ class _Probe(torch.autograd.Function):
 @contextmanager
 def probed(
     model: nn.Module, paths: Sequence[str], on_forward: Callable[[str], None], record: Record
-) -> Iterator[None]:
-    """``record(path, x, δ)`` in backward of each module, ``on_forward(path)`` in its forward."""
+) -> Iterator[Callable[[Tensor], None]]:
+    """``record(path, x, δ)`` in backward of each module, ``on_forward(path)`` in its forward.
+
+    Yields the backward pass: it goes no further than the targets, and gives no ``.grad`` to
+    anything.
+    """
     anchor = torch.zeros((), requires_grad=True)
 
     def hook_for(path: str) -> Callable[..., Tensor]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        def hook(
+            module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Any], output: Tensor
+        ) -> Tensor:
             on_forward(path)
-            return _Probe.apply(output, inputs[0], anchor, partial(record, path))
+            x = inputs[0] if inputs else next(iter(named.values()))
+            return _Probe.apply(output, x, anchor, partial(record, path))
 
         return hook
 
-    handles = [model.get_submodule(path).register_forward_hook(hook_for(path)) for path in paths]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    def backward(loss: Tensor) -> None:
+        if loss.requires_grad:  # else it reaches no target: σ = 0, see require_usable
+            torch.autograd.grad(loss, anchor, allow_unused=True)
+
+    with ExitStack() as handles, torch.enable_grad():
+        for path in paths:
+            module = model.get_submodule(path)
+            handle = module.register_forward_hook(hook_for(path), with_kwargs=True)
+            handles.callback(handle.remove)
+        yield backward
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where its weight lies; quantised ones lie in buffers."""
+    return next(chain(module.parameters(), module.buffers())).device
 
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode, without a cache of keys and values; then as it was."""
-    training = model.training
+    """In evaluation mode, without autocast or a cache of keys and values; then as it was."""
+    training = [module for module in model.modules() if module.training]
     # parts of a model have configurations of their own, as the decoder of an encoder-decoder
     configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
     caching = [config for config in configs if getattr(config, "use_cache", False)]
@@ -73,9 +91,11 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     for config in caching:
         config.use_cache = False
     try:
-        yield
+        with torch.autocast(device_of(model).type, enabled=False):
+            yield
     finally:
-        model.train(training)
+        for module in training:
+            module.training = True
         for config in caching:
             config.use_cache = True
 

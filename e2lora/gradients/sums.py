@@ -9,7 +9,7 @@ error is float32's rounding of the gradients themselves; nothing is sketched.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -42,11 +42,14 @@ class SpilledGradients:
             out.seek(4 * first_row * target.in_features)
             out.write(np.ascontiguousarray(rows, dtype=np.float32).data)
 
-    def statistics(self, members: Sequence[Target], scale: float = 1.0) -> PairStatistics:
+    def statistics(
+        self, members: Sequence[Target], scale: float, alive: Callable[[], None]
+    ) -> PairStatistics:
         """All pairs of the targets of one module type, in their order; the files are removed.
 
         Args:
             scale: what the gradients are to be multiplied by.
+            alive: called often, to show that the worker lives.
         """
         num, size = len(members), members[0].in_features * members[0].out_features
         inner, l1, squares = (np.zeros((num, num)) for _ in range(3))
@@ -55,6 +58,7 @@ class SpilledGradients:
         for begin in range(0, size, width):
             block = np.stack([file[begin : begin + width] for file in files]).astype(np.float64)
             inner += block @ block.T
+            alive()
             for i in range(num - 1):
                 apart = block[i + 1 :] - block[i]
                 squares[i, i + 1 :] += np.einsum("ij,ij->i", apart, apart)
@@ -94,7 +98,8 @@ class GradientSums:
         if sums is None:
             sums = torch.zeros(target.out_features, 3, dtype=torch.float64)
             self._sums[target.path] = sums
-        height = max(1, CHUNK // target.in_features)
+        chunk = CHUNK if block.device.type == "cpu" else block.numel()
+        height = max(1, chunk // target.in_features)
         for begin in range(0, len(block), height):
             wide = block[begin : begin + height].double()
             three = torch.stack([wide.sum(1), wide.square().sum(1), wide.abs().sum(1)], dim=1)
@@ -125,14 +130,16 @@ class GradientSums:
             parts={name: self.moments(target, rows) for name, rows in parts.items()},
         )
 
-    def pairs(self, targets: Sequence[Target]) -> dict[str, PairStatistics]:
+    def pairs(
+        self, targets: Sequence[Target], alive: Callable[[], None]
+    ) -> dict[str, PairStatistics]:
         """By module type; empty where nothing was spilled."""
         if self._spill is None:
             return {}
         types: dict[str, list[Target]] = {}
         for target in sorted(targets, key=lambda t: t.layer):
             types.setdefault(target.module_type, []).append(target)
-        return {name: self._spill.statistics(t, self._scale) for name, t in types.items()}
+        return {n: self._spill.statistics(t, self._scale, alive) for n, t in types.items()}
 
 
 @contextmanager

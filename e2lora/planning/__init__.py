@@ -191,7 +191,7 @@ def _measured(request: Request) -> GradientProfile:
     base.model.to(_device())
     rows = {split: task.features(split, base.tokenizer) for split in ("train", "validation")}
     data = TrialData(task, rows["train"], rows["validation"])
-    return measure_profile(base, data, config, on_batch=_Progress(), cache=ProfileCache())
+    return measure_profile(base, data, config, on_progress=_Progress(), cache=ProfileCache())
 
 
 def _measured_on_workers(config: TrialConfig) -> GradientProfile:
@@ -224,12 +224,13 @@ class _Progress:
 
     def __init__(self) -> None:
         self._began = self._told = time.monotonic()
+        self._done = 0
 
     def __call__(self, done: int, total: int) -> None:
         now = time.monotonic()
-        if now - self._told < 5.0 and done < total:
+        if done == self._done or (now - self._told < 5.0 and done < total):
             return
-        self._told = now
+        self._told, self._done = now, done
         each = (now - self._began) / done
         print(
             f"microbatch {done}/{total}, {each:.2f} s each, {each * (total - done):.0f} s to go",

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from e2lora.config import CalibrationConfig, PlanConfig
-from e2lora.gradients import Microbatch, Round, held_bytes, split_by_size
+from e2lora.gradients import held_bytes, split_by_size
 from e2lora.moments import Target
 from e2lora.plan import build_plan
 from e2lora.profile import calibration_rounds
@@ -51,12 +51,13 @@ def profile_cost(
         structure: the model, weights not needed (meta device).
         folds: tokenised calibration rows.
     """
-    rounds, shapes = [], []
-    for numbers, shares in calibration_rounds(folds, calibration, 0, world):
-        rounds.append(Round(numbers, tuple(Microbatch(None, counts) for _, counts in shares)))
-        shapes += [[len(row["input_ids"]) for row in rows] for rows, _ in shares]
+    of_workers = [calibration_rounds(folds, calibration, rank, world) for rank in range(world)]
+    microbatches = [[len(shares) for _, shares in rounds] for rounds in of_workers]
+    shapes = [
+        [len(row["input_ids"]) for row in rows] for _, shares in of_workers[0] for rows, _ in shares
+    ]
     padded = [len(lengths) * max(lengths) for lengths in shapes]
-    held = held_bytes(targets, rounds)
+    held = held_bytes(targets, microbatches)
     passes = split_by_size(targets, held, calibration.max_held_gib * 2**30)
     weights = {id(p): p.numel() for p in structure.parameters()}
     matrices = sum(m.in_features * m.out_features for m in _linears(structure))
