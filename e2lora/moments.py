@@ -182,16 +182,16 @@ class GradientProfile(Frozen):
 
     def gradients_of(self, targets: Sequence[Target], fold: int | None = None) -> TypeGradients:
         """The gradients of targets of one module type, over all rows or those of one fold."""
-        known = self.places
-        places = [known[target] for target in targets]
-        part = self if fold is None else self.folds[fold]
-        pairs = part.pairs.get(targets[0].module_type)
-        if isinstance(part, Fold):
-            moments = tuple(part.moments[place] for place in places)
-        else:
-            moments = tuple(self.layers[place].moments for place in places)
+        pairs = (self if fold is None else self.folds[fold]).pairs.get(targets[0].module_type)
         rows = tuple(pairs.layers.index(target.layer) for target in targets) if pairs else ()
-        return TypeGradients(moments, pairs, rows)
+        return TypeGradients(self.moments_of(targets, fold), pairs, rows)
+
+    def moments_of(self, targets: Sequence[Target], fold: int | None = None) -> tuple[Moments, ...]:
+        """Moments of any targets, over all rows or those of one fold."""
+        places = self.places
+        if fold is None:
+            return tuple(self.layers[places[target]].moments for target in targets)
+        return tuple(self.folds[fold].moments[places[target]] for target in targets)
 
     def by_module_type(self) -> dict[str, list[LayerGradient]]:
         """Layers of each module type, in order of depth."""
@@ -201,13 +201,13 @@ class GradientProfile(Frozen):
         return types
 
 
-def require_usable(layers: Iterable[LayerGradient]) -> None:
+def require_usable(gradients: Iterable[tuple[Target, Moments]]) -> None:
     """Refuse a gradient that says nothing: σ = 0 (or NaN, which ``Moments`` cannot hold).
 
     Raises:
         ValueError: naming the targets, and what to do.
     """
-    dead = [entry.target.path for entry in layers if entry.moments.std == 0.0]
+    dead = [target.path for target, moments in gradients if moments.std == 0.0]
     if dead:
         raise ValueError(
             "every target needs a gradient with a standard deviation above 0, to have an "

@@ -8,23 +8,16 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
-from typing import Final, Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Final, Literal
 
 from pydantic import Field, model_validator
 
 from e2lora.config import AdapterConfig, Frozen, PlanConfig
-from e2lora.moments import (
-    GradientProfile,
-    LayerGradient,
-    Provenance,
-    Target,
-    TypeGradients,
-    require_usable,
-)
-from e2lora.partition import TOPOLOGIES, Partition, Stack, explicit_groups, names_type
-from e2lora.ranks import ALLOCATIONS, BUDGETS, NEGLIGIBLE_SPREAD, allocate_ranks
-from e2lora.stability import Stability, TypeSharing, compare_folds
+from e2lora.moments import GradientProfile, Provenance, Target, require_usable
+from e2lora.partition import TOPOLOGIES, Stack, explicit_groups, names_type
+from e2lora.sharing import Shared, share
+from e2lora.stability import Stability, compare_folds
 
 PLAN_VERSION: Final = 2
 
@@ -134,30 +127,27 @@ def build_plan(
         )
     else:
         profile.require_covers(targets)
-        known = {entry.target: entry for entry in profile.layers}
-        require_usable(known[target] for target in targets)
-    groups: list[Group] = []
-    budgets: list[Budget] = []
-    notes: list[str] = []
-    for module_type, members in _by_type(targets).items():
-        gradients = profile.gradients_of(members) if profile else None
-        stack = Stack(module_type, tuple(t.layer for t in members), gradients)
-        shared = _share(stack, options, _max_rank(members))
-        budgets += [shared.budget] if shared.budget else []
-        notes += [f"{module_type}: {shared.note}"] if shared.note else []
-        groups += [
-            Group(
-                module_type=module_type,
-                layers=tuple(stack.layers[k] for k in positions),
-                r=r,
-                lora_alpha=_alpha(options, r),
-            )
-            for positions, r in zip(shared.partition, shared.ranks, strict=True)
-        ]
+        require_usable(zip(targets, profile.moments_of(targets), strict=True))
+    types = _by_type(targets)
+    shared = {
+        name: share(_stack(members, profile), options, _max_rank(members))
+        for name, members in types.items()
+    }
+    groups = [
+        Group(
+            module_type=name,
+            layers=tuple(of_type.stack.layers[k] for k in positions),
+            r=r,
+            lora_alpha=_alpha(options, r),
+        )
+        for name, of_type in shared.items()
+        for positions, r in zip(of_type.partition, of_type.ranks, strict=True)
+    ]
+    notes = [f"{name}: {of_type.note}" for name, of_type in shared.items() if of_type.note]
     stability = None
     if profile and len(profile.folds) > 1:
         try:
-            stability = _stability(targets, options, profile)
+            stability = _stability(shared, types, options, profile)
         except ValueError as error:
             notes.append(f"stability is not known, since a fold alone gives no plan: {error}")
     return SharingPlan(
@@ -166,7 +156,16 @@ def build_plan(
         measured_on=profile.provenance if profile else None,
         targets=tuple(targets),
         groups=tuple(groups),
-        budgets=tuple(budgets),
+        budgets=tuple(
+            Budget(
+                module_type=name,
+                available=spending.available,
+                spent=spending.spent,
+                shortfall=spending.available - spending.spent,
+            )
+            for name, of_type in shared.items()
+            if (spending := of_type.spending)
+        ),
         parameters=_count(targets, groups),
         lora_parameters=_count_at(targets, options.r),
         stability=stability,
@@ -206,43 +205,6 @@ def require_possible(targets: Sequence[Target], options: PlanConfig) -> None:
         )
 
 
-class _Shared(NamedTuple):
-    """One module type: positions that share, their ranks, what was spent, and what to note."""
-
-    partition: Partition
-    ranks: list[int]
-    budget: Budget | None = None
-    note: str = ""
-
-
-def _share(stack: Stack, options: PlanConfig, max_rank: int) -> _Shared:
-    partition = TOPOLOGIES[options.topology](stack, options)
-    if options.rank_allocation == "uniform":
-        own = [group.r for group in explicit_groups(stack, options)] or [None] * len(partition)
-        return _Shared(partition, [r or options.r for r in own])
-    assert stack.gradients is not None  # build_plan asks for a profile first
-    entropies = stack.gradients.entropies
-    highest = [max(entropies[k] for k in positions) for positions in partition]
-    weights = ALLOCATIONS[options.rank_allocation](highest, min(entropies), options.beta)
-    available, costs = BUDGETS[options.budget]([len(part) for part in partition], options.r)
-    ranks = allocate_ranks(weights, costs, available, max_rank)
-    spent = sum(cost * r for cost, r in zip(costs, ranks, strict=True))
-    note = ""
-    spread = max(highest) - min(highest)
-    if options.rank_allocation == "softmax" and 0 < spread < NEGLIGIBLE_SPREAD:
-        note = (
-            f"the entropies of its intervals lie within {spread:.1g} nats, yet allocation "
-            "'softmax' spreads their weights by e²; 'entropy_power' would not."
-        )
-    budget = Budget(
-        module_type=stack.module_type,
-        available=available,
-        spent=spent,
-        shortfall=available - spent,
-    )
-    return _Shared(partition, ranks, budget, note)
-
-
 def _count(targets: Sequence[Target], groups: Sequence[Group]) -> int:
     """LoRA parameters of groups: r (in + out) each."""
     sizes = {t.module_type: t.in_features + t.out_features for t in targets}
@@ -261,24 +223,28 @@ def _alpha(options: PlanConfig, r: int) -> float:
 
 
 def _stability(
-    targets: Sequence[Target], options: PlanConfig, profile: GradientProfile
+    whole: Mapping[str, Shared],
+    types: Mapping[str, Sequence[Target]],
+    options: PlanConfig,
+    profile: GradientProfile,
 ) -> Stability:
-    adapted, folds = set(targets), range(len(profile.folds))
-    for fold in profile.folds:
-        require_usable(
-            LayerGradient(target=entry.target, moments=moments)
-            for entry, moments in zip(profile.layers, fold.moments, strict=True)
-            if entry.target in adapted
+    """The plan of all rows against those of each fold.
+
+    Raises:
+        ValueError: a fold has a dead gradient, or one that similarity or allocation refuse.
+    """
+    parts = []
+    for number in range(len(profile.folds)):
+        for targets in types.values():
+            require_usable(zip(targets, profile.moments_of(targets, number), strict=True))
+        parts.append(
+            {
+                name: share(_stack(t, profile, number), options, _max_rank(t)).per_layer()
+                for name, t in types.items()
+            }
         )
-    whole, *parts = (
-        {
-            name: _sharing(members, options, profile.gradients_of(members, fold))
-            for name, members in _by_type(targets).items()
-        }
-        for fold in (None, *folds)
-    )
     return compare_folds(
-        whole,
+        {name: of_type.per_layer() for name, of_type in whole.items()},
         parts,
         samples_per_fold=min(fold.num_samples for fold in profile.folds),
         r=options.r,
@@ -286,19 +252,12 @@ def _stability(
     )
 
 
-def _sharing(
-    members: Sequence[Target], options: PlanConfig, gradients: TypeGradients
-) -> TypeSharing:
+def _stack(
+    members: Sequence[Target], profile: GradientProfile | None, fold: int | None = None
+) -> Stack:
     layers = tuple(target.layer for target in members)
-    stack = Stack(members[0].module_type, layers, gradients)
-    partition, ranks, *_ = _share(stack, options, _max_rank(members))
-    group_of = {k: number for number, positions in enumerate(partition) for k in positions}
-    order = range(len(layers))
-    return TypeSharing(
-        layers,
-        tuple(group_of[k] for k in order),
-        tuple(ranks[group_of[k]] for k in order),
-    )
+    gradients = profile.gradients_of(members, fold) if profile else None
+    return Stack(members[0].module_type, layers, gradients)
 
 
 def _by_type(targets: Sequence[Target]) -> dict[str, list[Target]]:

@@ -109,7 +109,7 @@ def check_against_autograd(
     result = measure(model, names, microbatches, loss_sum, num_supervised)
     expected = by_autograd(model, targets, microbatches, loss_sum, num_supervised)
     require_equal(result.layers, expected)
-    require_usable(result.layers)
+    require_usable((entry.target, entry.moments) for entry in result.layers)
     with torch.no_grad():
         total = sum(loss_sum(model, batch).item() for batch in microbatches)
     assert result.mean_loss == pytest.approx(total / num_supervised, rel=1e-6)
@@ -595,14 +595,14 @@ def test_target_that_the_loss_does_not_reach_is_named(sizes: tuple[int, ...]) ->
     dead = [entry.target.path for entry in layers if entry.moments.std == 0]
     assert dead == ["layers.1.up", "layers.1.down"]
     with pytest.raises(ValueError, match=r"2 got none: layers\.1\.up, layers\.1\.down.*loss"):
-        require_usable(layers)
+        require_usable((entry.target, entry.moments) for entry in layers)
 
 
 def test_loss_that_reaches_no_target_at_all_names_them() -> None:
     model = Toy()
     model.used = []
     with pytest.raises(ValueError, match=r"6 got none: layers\.0\.up"):
-        require_usable(measured(model, toy_batches(6)))
+        require_usable((e.target, e.moments) for e in measured(model, toy_batches(6)))
 
 
 def test_target_whose_gradient_is_not_finite_is_named() -> None:
