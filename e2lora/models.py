@@ -42,8 +42,6 @@ def load_base(
     Raises:
         FileNotFoundError, OSError, ValueError: no such model, no weights, or unusable overrides.
     """
-    from transformers import AutoTokenizer
-
     location = require_weights(config)
     model_config = _model_config(config, num_labels)
     try:
@@ -54,7 +52,8 @@ def load_base(
             dtype=dtype,
             output_loading_info=True,
         )
-    except (ValueError, OSError):
+    except (ValueError, OSError) as error:
+        _require_architecture(error, config, auto_class)
         raise
     except Exception as error:  # each file format raises its own kind
         raise OSError(
@@ -63,7 +62,9 @@ def load_base(
         ) from error
     model.requires_grad_(False)
     head = _head_modules(model, info["missing_keys"])
-    tokenizer = AutoTokenizer.from_pretrained(location, revision=config.revision)
+    tokenizer = load_tokenizer(config, model.config)
+    if getattr(model.config, "pad_token_id", None) is None:  # GPT-2 has none, and asks for one
+        model.config.pad_token_id = tokenizer.pad_token_id
     return Base(model, tokenizer, head, weights_fingerprint(model, skip=head))
 
 
@@ -71,8 +72,48 @@ def load_structure(config: ModelConfig, auto_class: Any, num_labels: int | None)
     """The model on the meta device: shapes and names, no weights, whatever its size."""
     require_weights(config)
     model_config = _model_config(config, num_labels)
-    with torch.device("meta"):
-        return auto_class.from_config(model_config)
+    try:
+        with torch.device("meta"):
+            return auto_class.from_config(model_config)
+    except ValueError as error:
+        _require_architecture(error, config, auto_class)
+        raise
+
+
+def _require_architecture(error: Exception, config: ModelConfig, auto_class: Any) -> None:
+    """Say shortly what transformers says with a list of all the classes it knows."""
+    if "Unrecognized configuration class" in str(error):
+        raise ValueError(
+            f"a task needs a model of its kind; {config.name!r} is none that {auto_class.__name__} "
+            "can build. Name another model, or another kind of task."
+        ) from error
+
+
+def load_tokenizer(config: ModelConfig, model_config: Any = None) -> Any:
+    """The model's tokenizer; one without a token for padding pads with its end of text.
+
+    Args:
+        model_config: of the loaded model; None: read from its folder or the hub.
+
+    Raises:
+        ValueError: a tokenizer of far fewer tokens than the model has, as transformers makes of a
+            folder without a tokenizer's files: every word would be unknown.
+    """
+    from transformers import AutoTokenizer
+
+    location = resolve(config.name)
+    tokenizer = AutoTokenizer.from_pretrained(location, revision=config.revision)
+    known = (model_config or _model_config(config, None)).get_text_config()
+    vocabulary = getattr(known, "vocab_size", None) or 0
+    if 10 * len(tokenizer) < vocabulary:
+        raise ValueError(
+            f"a model's tokenizer must know its tokens; that of {config.name!r} has "
+            f"{len(tokenizer)}, the model {vocabulary}. Put the tokenizer's files (tokenizer.json, "
+            "vocab.txt, …) beside the weights."
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def require_weights(config: ModelConfig) -> str:

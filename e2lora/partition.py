@@ -89,7 +89,8 @@ def _pairs(layers: TypeGradients, statistic: str) -> Matrix:
     if layers.pairs is None:
         raise ValueError(
             "similarities cosine, l1 and l2 compare whole gradients; this profile holds no pairs "
-            "of layers. Measure one with calibration.pairwise=True."
+            "of layers. Measure one with calibration.pairwise=True (`jobs/plan.py` does, where it "
+            "measures itself)."
         )
     return np.asarray(getattr(layers.pairs, statistic))[np.ix_(layers.rows, layers.rows)]
 
@@ -217,7 +218,8 @@ def _explicit(stack: Stack, options: PlanConfig) -> Partition:
         raise ValueError(
             "explicit `groups` must hold each layer of a module type exactly once; for "
             f"{stack.module_type} these are unknown or too many: {wrong[0] or 'none'}, and these "
-            f"are missing: {wrong[1] or 'none'}. Correct the groups of that module."
+            f"are missing: {wrong[1] or 'none'}. Correct the groups of that module; each module "
+            "type that is adapted needs some."
         )
     return tuple(tuple(position[layer] for layer in group.layers) for group in groups)
 

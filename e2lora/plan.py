@@ -144,6 +144,8 @@ def build_plan(
         for positions, r in zip(of_type.partition, of_type.ranks, strict=True)
     ]
     notes = [f"{name}: {of_type.note}" for name, of_type in shared.items() if of_type.note]
+    if options.idle_options:
+        notes.append(f"{' and '.join(options.idle_options)}: without effect on this plan")
     stability = None
     if profile and len(profile.folds) > 1:
         try:
@@ -181,6 +183,16 @@ def require_possible(targets: Sequence[Target], options: PlanConfig) -> None:
             layers there are; explicit groups that don't hold every layer once.
     """
     types = _by_type(targets)
+    idle = [
+        group.module
+        for group in options.groups or ()
+        if not any(names_type(group.module, module_type) for module_type in types)
+    ]
+    if idle:
+        raise ValueError(
+            f"each of explicit `groups` must name a module type that is adapted; {idle} name none "
+            f"of {list(types)}. Correct them, or `target_modules`."
+        )
     for module_type, members in types.items():
         max_rank, first = _max_rank(members), members[0]
         stack = Stack(module_type, tuple(t.layer for t in members))
@@ -193,16 +205,6 @@ def require_possible(targets: Sequence[Target], options: PlanConfig) -> None:
             )
         if not options.needs_similarity:
             TOPOLOGIES[options.topology](stack, options)
-    idle = [
-        group.module
-        for group in options.groups or ()
-        if not any(names_type(group.module, module_type) for module_type in types)
-    ]
-    if idle:
-        raise ValueError(
-            f"each of explicit `groups` must name a module type that is adapted; {idle} name none "
-            f"of {list(types)}. Correct them, or `target_modules`."
-        )
 
 
 def _count(targets: Sequence[Target], groups: Sequence[Group]) -> int:

@@ -42,6 +42,7 @@ class ProfileCache:
             return self._distrusted(file, str(error).splitlines()[0])
         if entry.key != key or entry.digest != _digest(key, entry.profile):
             return self._distrusted(file, "its content is not what was stored under this name")
+        print(f"profile from the cache: {file}", file=sys.stderr)
         return entry.profile
 
     def store(self, key: str, profile: GradientProfile) -> None:

@@ -6,8 +6,9 @@
         --task sft data=openai/gsm8k subset=main prompt_column=question \\
         --targets q_proj k_proj v_proj o_proj --calibration num_samples=512 --dry-run
 
-Presets and topologies for --plan: e2, e2_published, lss_only, hra_only, lora, all, matched, none,
-blocks, strided, random, explicit; then KEY=VALUE options of PlanConfig.
+--plan: a preset (e2, e2_published, lss_only, hra_only, lora, all, matched) or a topology (none,
+all, blocks, strided, random, matched, explicit, e2), then KEY=VALUE options; what is long may stand
+in a file: groups=@groups.json. All options: docs/profile-and-plan.md.
 """
 
 from __future__ import annotations
@@ -27,9 +28,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--space",
         default="search_spaces.quickstart",
-        help="module with `study`: its first point gives what the options below don't",
+        help="module with `study`: model, task, targets, calibration and seed of its first point",
     )
-    parser.add_argument("--model", help="hub name, local folder or demo:NAME")
+    parser.add_argument(
+        "--model", nargs="+", metavar="WORD", help="hub name, local folder or demo:NAME; KEY=VALUE"
+    )
     parser.add_argument("--task", nargs="+", metavar="WORD", help="kind, then KEY=VALUE options")
     parser.add_argument("--targets", nargs="+", metavar="NAME", help="endings of linear modules")
     parser.add_argument("--calibration", nargs="+", default=[], metavar="KEY=VALUE")
@@ -43,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int)
     parser.add_argument("--profile", type=Path, help="plan from this profile.json")
     parser.add_argument("--workers", type=int, default=1, help="of a Ray cluster, for the profile")
-    parser.add_argument("--out", type=Path, help="folder (default: results/plans/MODEL-TASK)")
+    parser.add_argument("--out", type=Path, help="folder (default: one below results/plans)")
     parser.add_argument("--dry-run", action="store_true", help="counts, memory and time only")
     options = parser.parse_args(arguments)
     for place in (str(ROOT), os.getcwd()):
@@ -69,4 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:  # before the command itself hears of it
+        sys.exit(130)

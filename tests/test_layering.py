@@ -34,6 +34,7 @@ PURE = (
 ROOMS = (
     *PURE,
     "assets",
+    "command",
     "models",
     "targets",
     "gradients.sums",
@@ -68,7 +69,6 @@ ROOMS = (
     "cluster",
     "pool",
     "planning",
-    "command",
     "search",
     "search.plans",
     "search.trials",

@@ -71,6 +71,16 @@ def test_explicit_groups_can_be_written_as_json() -> None:
     assert [group.layers for group in options.groups or ()] == [(0, 1), (2,)]
 
 
+def test_what_is_long_may_stand_in_a_file_and_has_a_short_label(tmp_path: Path) -> None:
+    groups = [{"module": "query", "layers": [k]} for k in range(12)]
+    (tmp_path / "groups.json").write_text(json.dumps(groups))
+    plans = plans_of([["explicit", f"groups=@{tmp_path}/groups.json"]], CalibrationConfig())
+    ((label, options),) = plans.items()
+    assert len(options.groups or ()) == 12
+    assert label.startswith("explicit-")
+    assert len(label) < 20
+
+
 def test_pairs_are_measured_for_all_where_one_plan_needs_them() -> None:
     plans = plans_of([["e2"], ["e2", "similarity=cosine"]], CalibrationConfig())
     assert all(options.calibration.pairwise for options in plans.values())
@@ -81,16 +91,25 @@ def test_words_become_tasks() -> None:
     task = task_of(["sft", "data=openai/gsm8k", "subset=main", "prompt_column=question"])
     assert task == SftConfig(data="openai/gsm8k", subset="main", prompt_column="question")
     assert isinstance(task_of(["text_classification", "data=x"]), TextClassificationConfig)
+    with pytest.raises(ValueError, match=r"kind of task \(text_classification, sft\); got 'stf'"):
+        task_of(["stf", "data=x"])
+    with pytest.raises(ValueError, match=r"no option 'textcolumn'; known: .*text_column"):
+        task_of(["text_classification", "data=x", "textcolumn=y"])
 
 
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [
-        ([["zigzag"]], "zigzag"),
-        ([["e2", "similarty=kl"]], "similarty"),
+        ([["zigzag"]], "begins with a preset .*e2_published.*zigzag"),
+        ([["e2", "similarty=kl"]], "no option 'similarty'; known: .*similarity"),
         ([["e2", "r=eight"]], "eight"),
         ([["e2", "r"]], "KEY=VALUE"),
+        ([["e2", "r=4", "r=8"]], "each key once; got 'r=8'"),
         ([["e2"], ["e2"]], "must differ"),
+        ([["e2"], ["e2", "r=8"]], "must differ"),
+        ([["e2", "topology=none"]], "first word"),
+        ([["e2", "calibration=3"]], "use --calibration"),
+        ([["explicit", "groups=[{]"]], "must be JSON"),
         ([["blocks"]], "block_size"),
     ],
 )
@@ -169,7 +188,74 @@ def test_options_that_the_profile_does_not_suit_exit_with_2_and_say_why(
     assert "'qury' matches none" in told
     code, _, told = plan("--profile", str(tmp_path / "absent.json"))
     assert code == 2
-    assert "absent.json" in told
+    assert "absent.json is not: No such file" in told
+    code, _, told = plan("--profile", str(tmp_path / "out/plan.json"))
+    assert code == 2
+    assert "a plan.json can't be planned from" in told
+    assert len(told) < 600
+
+
+def test_folder_that_cannot_be_written_is_refused_before_anything_is_measured(
+    plan: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    code, _, told = plan(*SMALL, "--out", str(tmp_path / "file"))
+    assert code == 2
+    assert "--out must be a folder" in told
+    assert "microbatch" not in told
+
+
+def test_plans_of_an_earlier_run_do_not_stay_beside_new_ones(plan: Any, tmp_path: Path) -> None:
+    plan(*SMALL, "--plan", "e2", "--plan", "lora")
+    plan(*SMALL, "--plan", "e2")
+    assert [file.name for file in (tmp_path / "out").glob("plan*.json")] == ["plan.json"]
+
+
+def test_profiles_of_other_models_have_folders_of_their_own(
+    plan: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    plan(*SMALL)
+    profile = GradientProfile.model_validate_json((tmp_path / "out/profile.json").read_text())
+    monkeypatch.chdir(tmp_path)
+    folders = set()
+    for update in ({}, {"seed": 1}, {"model": "other/minilm-l6"}, {"task": "x/vader"}):
+        provenance = profile.provenance.model_copy(update=update)
+        other = profile.model_copy(update={"provenance": provenance})
+        (tmp_path / "other.json").write_text(other.model_dump_json())
+        assert plan_in_default_folder("--profile", str(tmp_path / "other.json")) == 0
+        folders = set((tmp_path / "results/plans").iterdir())
+    assert len(folders) == 4
+    assert not any(":" in folder.name for folder in folders)
+
+
+def plan_in_default_folder(*arguments: str) -> int:
+    import plan as job
+
+    return job.main(list(arguments))
+
+
+def test_plan_without_gradients_is_drawn_where_a_layer_has_none(plan: Any, tmp_path: Path) -> None:
+    """E² refuses it; LoRA doesn't need it."""
+    plan(*SMALL)
+    text = (tmp_path / "out/profile.json").read_text()
+    profile = GradientProfile.model_validate_json(text)
+    first, *others = profile.layers
+    dead = first.model_copy(update={"moments": first.moments.model_copy(update={"std": 0.0})})
+    changed = profile.model_copy(update={"layers": (dead, *others)})
+    (tmp_path / "dead.json").write_text(changed.model_dump_json())
+    assert plan("--profile", str(tmp_path / "dead.json"), "--plan", "lora")[0] == 0
+    code, _, told = plan("--profile", str(tmp_path / "dead.json"), "--plan", "e2")
+    assert code == 2
+    assert "1 got none" in told
+
+
+def test_option_without_effect_is_noted(plan: Any, tmp_path: Path) -> None:
+    plan(*SMALL)
+    profile = str(shutil.copy(tmp_path / "out/profile.json", tmp_path / "kept.json"))
+    options = ["--plan", "lora", "similarity=cosine", "budget=parameter"]
+    code, out, _ = plan("--profile", profile, *options)
+    assert code == 0
+    assert "note: similarity and budget: without effect on this plan" in out
 
 
 def test_option_that_a_given_profile_leaves_without_effect_is_refused(plan: Any) -> None:
@@ -198,7 +284,7 @@ def test_dry_run_counts_without_touching_weights(plan: Any, without_weights: str
     assert "12 targets; 16 rows in 2 folds" in out
     assert "lora: 73,728 LoRA parameters" in out
     assert "hra_only: 73,728 LoRA parameters" in out
-    assert "e2: 12,288 to 73,728" in out
+    assert "e2: between 12,288 and 73,728 LoRA parameters at r=8, depending on the" in out
     code, _, told = plan("--model", without_weights, *SMALL)
     assert code == 2
     assert "weights must be readable" in told

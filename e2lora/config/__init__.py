@@ -148,7 +148,7 @@ class TrialConfig(Frozen):
     adapter: AdapterConfig
     plan: PlanConfig
     training: TrainConfig
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
 
     def identity(self) -> str:
         """Names what is trained, however many workers train it: a checkpoint's owner."""

@@ -36,6 +36,13 @@ def in_one_paragraph(error: Exception) -> str:
     parts = []
     for fault in error.errors(include_url=False):
         place = ".".join(str(key) for key in fault["loc"])
-        given = "" if fault["type"] == "value_error" else f"; got {fault['input']!r}"
-        parts.append(f"{place + ': ' if place else ''}{fault['msg']}{given}")
+        said = fault["msg"].removeprefix("Value error, ").rstrip(".")
+        value = repr(fault["input"])
+        shown = value if len(value) <= MOST_SHOWN else f"{value[:MOST_SHOWN]}…"
+        given = "" if fault["type"] == "value_error" else f"; got {shown}"
+        parts.append(f"{place + ': ' if place else ''}{said}{given}")
     return f"{error.title} refuses {'; '.join(parts)}. Correct it where it is given."
+
+
+MOST_SHOWN = 80
+"""Characters of a refused value: some are whole files."""

@@ -116,6 +116,21 @@ class PlanConfig(Frozen):
     def needs_profile(self) -> bool:
         return self.needs_similarity or self.rank_allocation != "uniform"
 
+    @property
+    def idle_options(self) -> list[str]:
+        """Options that are set and decide nothing: those of a similarity or allocation unused."""
+        used = {
+            "similarity": self.needs_similarity,
+            "beta": self.rank_allocation == "entropy_power",
+            "budget": self.rank_allocation != "uniform",
+        }
+        defaults = type(self).model_fields
+        return [
+            name
+            for name, use in used.items()
+            if not use and getattr(self, name) != defaults[name].default
+        ]
+
     @model_validator(mode="after")
     def _options_belong_to_the_topology(self) -> PlanConfig:
         for option, topology, required in (
@@ -130,7 +145,7 @@ class PlanConfig(Frozen):
                 raise ValueError(
                     f"`{option}` is given {'exactly' if required else 'only'} when `topology` is "
                     f"{topology!r}; got topology={self.topology!r}, {option}={value}. "
-                    f"{'Set both or neither' if required else 'Remove it'}."
+                    f"{f'Set `{option}`, or take another topology' if belongs else 'Remove it'}."
                 )
         wants_pairs = self.needs_similarity and self.similarity in NEEDS_PAIRS
         if wants_pairs and not self.calibration.pairwise:

@@ -22,7 +22,7 @@ class TaskConfig(Frozen):
         default=None, description="None: carved from the training split, by `split_seed`"
     )
     validation_size: int = Field(default=1000, gt=0, description="rows carved, or kept, at most")
-    split_seed: int = 0
+    split_seed: int = Field(default=0, ge=0)
 
     @property
     def display_name(self) -> str:

@@ -110,9 +110,10 @@ class GradientSums:
     def require_finite(self, targets: Sequence[Target]) -> None:
         broken = [t.path for t in targets if not self._sums[t.path].isfinite().all()]
         if broken:
+            shown = ", ".join(broken[:5]) + (", …" if len(broken) > 5 else "")
             raise ValueError(
-                f"every target needs a finite gradient; {len(broken)} got none: "
-                f"{', '.join(broken[:5])}. Measure in float32, or calibrate on other samples."
+                f"every target needs a finite gradient; {len(broken)} got none: {shown}. Are the "
+                "model's weights finite? Otherwise calibrate on other samples."
             )
 
     def moments(self, target: Target, rows: Sequence[int] | None = None) -> Moments:

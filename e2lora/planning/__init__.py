@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from e2lora.command import default_storage
 from e2lora.config import (
     AdapterConfig,
     AnyTaskConfig,
@@ -18,11 +21,12 @@ from e2lora.config import (
     PlanConfig,
     TrainConfig,
     TrialConfig,
+    fingerprint_of,
     system_name,
 )
 from e2lora.data import calibration_folds
 from e2lora.figures import draw_entropies, draw_ranks, draw_similarity
-from e2lora.models import load_base, load_structure
+from e2lora.models import load_base, load_structure, load_tokenizer
 from e2lora.moments import GradientProfile
 from e2lora.plan import build_plan, require_possible
 from e2lora.planning.estimate import flops_per_second, parameter_range, profile_cost
@@ -62,9 +66,9 @@ class Request:
             seed=self.seed,
         )
 
-    @property
-    def title(self) -> str:
-        return f"{Path(self.model.name).name} on {Path(self.task.display_name).name}"
+
+def title_of(model: str, task: str) -> str:
+    return f"{Path(model).name} on {Path(task).name}"
 
 
 # ---- what it would cost -------------------------------------------------------------------------
@@ -76,19 +80,12 @@ def dry_run(request: Request) -> str:
     Raises:
         ValueError, OSError: whatever can be known to be wrong beforehand.
     """
-    from transformers import AutoTokenizer
-
-    from e2lora.assets import resolve
-
     config, task = request.trial, load_task(request.task)
     structure = load_structure(request.model, task.auto_class, task.num_labels)
     targets = find_targets(structure, request.adapter.target_modules)
     for options in request.plans.values():
         require_possible(targets, options)
-    tokenizer = AutoTokenizer.from_pretrained(
-        resolve(request.model.name), revision=request.model.revision
-    )
-    rows = task.features("train", tokenizer)
+    rows = task.features("train", load_tokenizer(request.model))
     calibration = config.plan.calibration
     numbers = calibration_folds(
         [len(row["input_ids"]) for row in rows],
@@ -99,27 +96,28 @@ def dry_run(request: Request) -> str:
     folds = [[rows[i] for i in fold] for fold in numbers]
     cost = profile_cost(structure, targets, folds, calibration, request.num_workers)
     lines = [
-        f"{request.title}: nothing is measured (dry run)",
+        f"{title_of(request.model.name, request.task.display_name)}: nothing is measured (dry run)",
         f"{len(targets)} targets; {calibration.num_samples} rows in {len(folds)} folds; per worker "
         f"{cost.tokens:,} tokens ({cost.padded_tokens:,} padded) in {cost.num_microbatches} "
         f"microbatch(es), {cost.num_passes} pass(es)",
-        f"memory  {_size(cost.weights_bytes)} weights in float32, up to "
-        f"{_size(cost.saved_inputs_bytes)} inputs saved by the probe, {_size(cost.held_bytes)} "
-        "gradients held; the model's own activations and logits come on top",
+        f"memory  about {_size(cost.memory_bytes)}: "
+        + ", ".join(f"{_size(size)} {what}" for what, size in cost.memory.items()),
     ]
     if cost.spilled_bytes:
         lines.append(f"disk    {_size(cost.spilled_bytes)} of gradients, for a while")
     device = _device()
     seconds = cost.seconds(flops_per_second(device))
+    about = f"about {seconds:.0f} s" if seconds >= 1 else "under 1 s"
     lines.append(
-        f"time    about {seconds:.0f} s on a {device} as here now, by its rate of matrix "
-        f"products ({cost.flops:.2g} floating point operations; attention's own left out)"
+        f"time    {about} after loading, by the rate of matrix products on this {device.upper()} "
+        f"now ({cost.flops:.2g} operations)"
     )
     lines += [f"note    {note}" for note in _missing(layers_without(structure, targets))]
     for label, options in request.plans.items():
         low, high = parameter_range(targets, options)
-        count = f"{low:,}" if low == high else f"{low:,} to {high:,}, as gradients say"
-        lines.append(f"plan    {label}: {count} LoRA parameters at r={options.r}")
+        between = f"{low:,}" if low == high else f"between {low:,} and {high:,}"
+        depends = "" if low == high else ", depending on the gradients"
+        lines.append(f"plan    {label}: {between} LoRA parameters at r={options.r}{depends}")
     return "\n".join(lines)
 
 
@@ -138,43 +136,101 @@ def _missing(layers: Mapping[str, Sequence[int]]) -> list[str]:
 # ---- profile → plans ----------------------------------------------------------------------------
 
 
-def make_plans(request: Request, out: Path, profile_file: Path | None = None) -> str:
-    """Write profile, plans and pictures into ``out``; returns the tables as text.
+def make_plans(request: Request, out: Path | None = None, profile_file: Path | None = None) -> str:
+    """Write profile, plans and pictures; returns the tables, and where all is, as text.
 
     Args:
+        out: the folder to write to; plans of an earlier run there are removed. None: one for this
+            model, task, targets and seed, below the default storage.
         profile_file: an existing profile to plan from, instead of measuring one.
 
     Raises:
-        ValueError, OSError: a model, data, targets or options that can't work.
+        ValueError, OSError: a model, data, targets or options that can't work; a folder that can't
+            be written.
     """
-    if profile_file is None:
-        profile = _measured(request)
+    if profile_file:
+        profile = read_profile(profile_file)
+        out = _folder(out or _default_folder(profile))
     else:
-        profile = GradientProfile.model_validate_json(profile_file.read_text(encoding="utf-8"))
+        out = out and _folder(out)  # before the long work, if it is known
+        profile = _measured(request)
+        out = out or _folder(_default_folder(profile))
     targets = [entry.target for entry in profile.layers]
     plans = {label: build_plan(targets, o, profile) for label, o in request.plans.items()}
-    write_json(out / "profile.json", profile)
+    title = title_of(profile.provenance.model, profile.provenance.task)
+    pictures = [out / "entropy.png"]
+    draw_entropies(pictures[0], profile, title)
+    labels = list(plans)
+    for first in range(0, len(plans), PLANS_A_PICTURE):
+        shown = {label: plans[label] for label in labels[first : first + PLANS_A_PICTURE]}
+        number = f"-{first // PLANS_A_PICTURE + 1}" if first else ""
+        pictures += [out / f"similarity{number}.png", out / f"ranks{number}.png"]
+        draw_similarity(pictures[-2], profile, shown, title)
+        draw_ranks(pictures[-1], shown, title)
+    for stale in out.glob("plan*.json"):
+        stale.unlink()
     files = [out / "profile.json"]
+    write_json(files[0], profile)
     for label, plan in plans.items():
         name = "plan.json" if len(plans) == 1 else f"plan-{_file_name(label)}.json"
-        write_json(out / name, plan)
         files.append(out / name)
-    title = f"{Path(profile.provenance.model).name} on {Path(profile.provenance.task).name}"
-    draw_entropies(out / "entropy.png", profile, title)
-    draw_similarity(out / "similarity.png", profile, plans, title)
-    draw_ranks(out / "ranks.png", plans, title)
-    files += [out / name for name in ("entropy.png", "similarity.png", "ranks.png")]
+        write_json(files[-1], plan)
     names = {label: system_name(plan.options, request.adapter) for label, plan in plans.items()}
     parts = [describe_profile(title, profile), *_missing(profile.layers_without)]
     parts += [describe_plan(f"{label}: {names[label]}", plan) for label, plan in plans.items()]
     if len(plans) > 1:
         parts.append(compare_plans(plans))
-    parts.append("\n".join(f"{file.suffix[1:]:<5} {file}" for file in files))
+    parts.append("\n".join(f"{file.suffix[1:]:<5} {file}" for file in (*files, *pictures)))
     return "\n\n".join(parts)
 
 
+PLANS_A_PICTURE = 4
+
+
+def read_profile(file: Path) -> GradientProfile:
+    """A profile.json.
+
+    Raises:
+        ValueError: it isn't there, or is something else.
+    """
+    try:
+        return GradientProfile.model_validate_json(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(
+            f"a profile must be a file that can be read; {file} is not: {error.strerror}. Name a "
+            "profile.json as jobs/plan.py or a study leaves it."
+        ) from error
+    except ValueError as error:
+        raise ValueError(
+            f"a profile must be a profile.json of this version; {file} is none (a plan.json can't "
+            f"be planned from): {str(error).splitlines()[0]}. Measure it again."
+        ) from error
+
+
+def _default_folder(profile: GradientProfile) -> Path:
+    """Of its own for each model, task, targets and seed."""
+    p = profile.provenance
+    paths = [entry.target.path for entry in profile.layers]
+    key = fingerprint_of([p.model, p.model_fingerprint, p.task, p.seed, paths])[:6]
+    name = _file_name(title_of(p.model, p.task).replace(" on ", "-"))
+    return default_storage() / "plans" / f"{name}-{key}"
+
+
+def _folder(out: Path) -> Path:
+    out = out.expanduser().resolve()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            return out
+    except OSError as error:
+        raise ValueError(
+            f"--out must be a folder that can be written; {out} can't: {error.strerror}. Name "
+            "another one."
+        ) from error
+
+
 def _file_name(label: str) -> str:
-    return "".join(c if c.isalnum() or c in "-_." else "-" for c in label)
+    return re.sub(r"[^\w.-]+", "-", label)
 
 
 def _measured(request: Request) -> GradientProfile:
@@ -196,8 +252,6 @@ def _measured(request: Request) -> GradientProfile:
 
 def _measured_on_workers(config: TrialConfig) -> GradientProfile:
     """On a group of a Ray cluster, each worker on its share of the rows."""
-    import tempfile
-
     from e2lora.broker import Job
     from e2lora.cluster import connect, require_fits, require_shared_storage
     from e2lora.pool import Pool

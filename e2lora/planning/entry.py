@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, TypeAdapter
+from pydantic import BaseModel
 
 from e2lora.cluster import is_of_the_cluster
-from e2lora.command import default_storage, find_study, run_for_user
+from e2lora.command import find_study, run_for_user
 from e2lora.config import (
     NEEDS_PAIRS,
     PRESETS,
@@ -20,8 +20,12 @@ from e2lora.config import (
     CalibrationConfig,
     ModelConfig,
     PlanConfig,
+    SftConfig,
+    TextClassificationConfig,
     TrialConfig,
+    fingerprint_of,
 )
+from e2lora.partition import TOPOLOGIES
 from e2lora.planning import Request, dry_run, make_plans
 from e2lora.search.plans import sample_configurations
 
@@ -33,7 +37,7 @@ class Words:
     """What a command line says; what it leaves out is as in the first point of its space."""
 
     space: str
-    model: str | None = None
+    model: Sequence[str] | None = None
     task: Sequence[str] | None = None
     targets: Sequence[str] | None = None
     calibration: Sequence[str] = ()
@@ -57,9 +61,8 @@ def plan_command(words: Words, profile: Path | None, out: Path | None, dry: bool
         request = request_of(words)
         if dry:
             print(dry_run(request))
-            return 0
-        folder = out or default_storage() / "plans" / request.title.replace(" on ", "-")
-        print(make_plans(request, folder.expanduser().resolve(), profile))
+        else:
+            print(make_plans(request, out, profile))
         return 0
 
     return run_for_user(run, "nothing was written", is_of_the_cluster)
@@ -71,10 +74,12 @@ def request_of(words: Words) -> Request:
     Raises:
         ValueError: an unknown space, preset or option, or a value of the wrong kind.
     """
+    if words.num_workers < 1:
+        raise ValueError(f"--workers must be at least 1; got {words.num_workers}.")
     first = _first_point(words.space)
     calibration = calibration_of(words.calibration, first.plan.calibration)
     return Request(
-        model=ModelConfig(name=words.model) if words.model else first.model,
+        model=model_of(words.model) if words.model else first.model,
         task=task_of(words.task) if words.task else first.task,
         adapter=AdapterConfig(target_modules=tuple(words.targets))
         if words.targets
@@ -131,46 +136,104 @@ def plans_of(
     """
     chosen: dict[str, dict[str, Any]] = {}
     for name, *words in wanted:
-        preset = PRESETS.get(name, {"topology": name})
-        chosen[" ".join([name, *words])] = {**preset, **_pairs_of(words)}
-    if len(chosen) < len(wanted):
-        raise ValueError(f"each --plan must differ from the others; got {list(wanted)}.")
+        if name not in (*PRESETS, *TOPOLOGIES):
+            raise ValueError(
+                f"--plan begins with a preset ({', '.join(PRESETS)}) or a topology "
+                f"({', '.join(TOPOLOGIES)}); got {name!r}. Put one of them before the options."
+            )
+        options = _pairs_of("--plan", words)
+        for key, remedy in (
+            ("topology", "it is the first word"),
+            ("calibration", "use --calibration, for all plans together"),
+        ):
+            if key in options:
+                raise ValueError(f"--plan takes no option {key!r}: {remedy}.")
+        options = {**PRESETS.get(name, {"topology": name}), **options}
+        label = " ".join([name, *words])
+        if len(label) > LONGEST_LABEL:
+            label = f"{name}-{fingerprint_of(options)[:4]}"
+        chosen[label] = options
     if any(options.get("similarity") in NEEDS_PAIRS for options in chosen.values()):
         calibration = calibration.model_copy(update={"pairwise": True})
-    return {
-        label: _validated(PlanConfig, {**options, "calibration": calibration.model_dump()})
+    given = calibration.model_dump()
+    plans = {
+        label: _validated(PlanConfig, "--plan", {**options, "calibration": given})
         for label, options in chosen.items()
     }
+    if len(set(plans.values())) < len(wanted):
+        given_words = [" ".join(words) for words in wanted]
+        raise ValueError(
+            f"each --plan must differ from the others; got {given_words}. Remove what is the same "
+            "plan twice."
+        )
+    return plans
+
+
+LONGEST_LABEL = 32
+
+
+def model_of(words: Sequence[str]) -> ModelConfig:
+    """A model from words such as ``["organisation/name", "revision=main"]``."""
+    name, *pairs = words
+    return _validated(ModelConfig, "--model", {"name": name, **_pairs_of("--model", pairs)})
 
 
 def task_of(words: Sequence[str]) -> AnyTaskConfig:
     """A task from words such as ``["sft", "data=openai/gsm8k", "subset=main"]``."""
     kind, *pairs = words
-    return TypeAdapter(AnyTaskConfig).validate_json(json.dumps({"kind": kind, **_pairs_of(pairs)}))
+    if kind not in TASK_KINDS:
+        raise ValueError(
+            f"--task begins with a kind of task ({', '.join(TASK_KINDS)}); got {kind!r}. Put one "
+            "of them before the options."
+        )
+    config: AnyTaskConfig = _validated(TASK_KINDS[kind], "--task", _pairs_of("--task", pairs))
+    return config
+
+
+TASK_KINDS: dict[str, Any] = {
+    config.model_fields["kind"].default: config for config in (TextClassificationConfig, SftConfig)
+}
 
 
 def calibration_of(words: Sequence[str], base: CalibrationConfig) -> CalibrationConfig:
     """``base`` with what the words, such as ``num_samples=512``, say."""
-    return _validated(CalibrationConfig, {**base.model_dump(), **_pairs_of(words)})
+    given = _pairs_of("--calibration", words)
+    return _validated(CalibrationConfig, "--calibration", {**base.model_dump(), **given})
 
 
-def _validated(kind: type[Config], values: dict[str, Any]) -> Config:
+def _validated(kind: type[Config], option: str, values: dict[str, Any]) -> Config:
+    unknown = sorted(set(values) - set(kind.model_fields))
+    if unknown:
+        raise ValueError(
+            f"{option} has no option {', '.join(map(repr, unknown))}; known: "
+            f"{', '.join(kind.model_fields)}. Correct its name."
+        )
     return kind.model_validate_json(json.dumps(values))
 
 
-def _pairs_of(words: Sequence[str]) -> dict[str, Any]:
-    """KEY=VALUE words; a value that is JSON is read as such, any other is a text.
+def _pairs_of(option: str, words: Sequence[str]) -> dict[str, Any]:
+    """KEY=VALUE words; a value that is JSON is read as such, ``@FILE`` from there, others are text.
 
-    >>> _pairs_of(["r=16", "similarity=cosine", "use_rslora=true"])
+    >>> _pairs_of("--plan", ["r=16", "similarity=cosine", "use_rslora=true"])
     {'r': 16, 'similarity': 'cosine', 'use_rslora': True}
     """
-    pairs = {}
+    pairs: dict[str, Any] = {}
     for word in words:
         key, sign, value = word.partition("=")
-        if not sign or not key:
-            raise ValueError(f"options are written KEY=VALUE; got {word!r}.")
+        if not sign or not key or key in pairs:
+            raise ValueError(
+                f"options of {option} are written KEY=VALUE, each key once; got {word!r} in "
+                f"{' '.join(words)!r}. Correct it."
+            )
+        if value.startswith("@"):
+            value = Path(value[1:]).expanduser().read_text(encoding="utf-8")
         try:
             pairs[key] = json.loads(value)
-        except json.JSONDecodeError:
+        except json.JSONDecodeError as error:
+            if value.lstrip()[:1] in ("[", "{"):
+                raise ValueError(
+                    f"a value that begins with [ or {{ must be JSON; {key} of {option} is not: "
+                    f"{error}. Quote it for the shell, or write it to a file: {key}=@FILE."
+                ) from error
             pairs[key] = value
     return pairs

@@ -18,21 +18,26 @@ from e2lora.profile import calibration_rounds
 from e2lora.tasks import Features
 
 BYTES = 4  # of a float32
+PROCESS_BYTES = 600 * 2**20  # Python with torch and transformers
 
 
 @dataclass(frozen=True)
 class ProfileCost:
-    """Per worker. ``flops`` leave out what attention adds quadratically in the row length."""
+    """Per worker. ``memory`` says what takes how many bytes, activations and logits roughly;
+    ``flops`` leave out what attention adds quadratically in the row length.
+    """
 
     tokens: int
     padded_tokens: int
     num_microbatches: int
-    weights_bytes: int
-    saved_inputs_bytes: int
-    held_bytes: int
+    memory: dict[str, float]
     spilled_bytes: int
     num_passes: int
     flops: float
+
+    @property
+    def memory_bytes(self) -> float:
+        return sum(self.memory.values())
 
     def seconds(self, flops_per_second: float) -> float:
         return self.flops / flops_per_second
@@ -67,13 +72,29 @@ def profile_cost(
         tokens=sum(map(sum, shapes)),
         padded_tokens=sum(padded),
         num_microbatches=len(shapes),
-        weights_bytes=BYTES * sum(weights.values()),
-        saved_inputs_bytes=BYTES * max(padded) * sum(t.in_features for t in targets),
-        held_bytes=max(sum(held[t.path] for t in members) for members in passes),
+        memory={
+            "process": PROCESS_BYTES,
+            "weights": BYTES * sum(weights.values()),
+            "activations": BYTES * max(padded) * _activations_per_token(structure, calibration),
+            "inputs saved by the probe": BYTES * max(padded) * sum(t.in_features for t in targets),
+            "gradients held": max(sum(held[t.path] for t in members) for members in passes),
+        },
         spilled_bytes=(1 + len(folds)) * BYTES * sum(sizes) if calibration.pairwise else 0,
         num_passes=len(passes),
         flops=len(passes) * plain + 2.0 * sum(sizes) * sum(padded),
     )
+
+
+def _activations_per_token(structure: Any, calibration: CalibrationConfig) -> int:
+    """Entries that forward keeps per token: some ten vectors and three hidden ones per layer, or a
+    layer's input where layers are recomputed; of a language model also logits, three times over.
+    """
+    config = structure.config.get_text_config()
+    hidden, layers = config.hidden_size, config.num_hidden_layers
+    of_layer = 10 * hidden + 3 * (getattr(config, "intermediate_size", None) or 4 * hidden)
+    kept = layers * hidden + of_layer if calibration.checkpointing else layers * of_layer
+    head = structure.get_output_embeddings()
+    return kept + (3 * config.vocab_size if head is not None else 0)
 
 
 def _linears(structure: nn.Module) -> list[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping, Sequence
 
-from e2lora.figures import short_type
+from e2lora.figures import short_names
 from e2lora.moments import GradientProfile
 from e2lora.plan import Group, SharingPlan
 from e2lora.text_table import text_table
@@ -20,22 +20,23 @@ def describe_profile(title: str, profile: GradientProfile) -> str:
         f"measured in {p.dtype} by {p.method}, {p.num_passes} pass(es), {p.num_workers} worker(s); "
         f"{len(profile.folds) or 1} fold(s)",
     ]
-    rows = []
-    for module_type, entries in profile.by_module_type().items():
+    rows, types = [], profile.by_module_type()
+    names = short_names(list(types))
+    for module_type, entries in types.items():
         entropies = [e.moments.entropy for e in entries if e.moments.std > 0]
         dead = sum(e.moments.std == 0 for e in entries)
         low, high = (f"{f(entropies):.2f}" if entropies else "-" for f in (min, max))
         first = entries[0].target
         shape = f"{first.out_features} x {first.in_features}"
         note = f"{dead} without gradient" if dead else ""
-        rows.append([short_type(module_type), shape, str(len(entries)), low, high, note])
+        rows.append([names[module_type], shape, str(len(entries)), low, high, note])
     head = ["module type", "out x in", "layers", "lowest entropy", "highest", ""]
     return "\n".join([*lines, text_table(head, rows, right=(2, 3, 4))])
 
 
 def describe_plan(title: str, plan: SharingPlan) -> str:
     """Intervals, ranks and parameters per module type, against LoRA at the base rank."""
-    rows = []
+    rows, names = [], short_names(plan.module_types)
     shapes = {t.module_type: t.in_features + t.out_features for t in plan.targets}
     shortfalls = {b.module_type: b.shortfall for b in plan.budgets}
     for module_type in plan.module_types:
@@ -44,7 +45,7 @@ def describe_plan(title: str, plan: SharingPlan) -> str:
         plain = size * plan.options.r * sum(len(group.layers) for group in groups)
         rows.append(
             [
-                short_type(module_type),
+                names[module_type],
                 str(len(groups)),
                 _wrapped([_layers(group) for group in groups], 34),
                 _wrapped([str(group.r) for group in groups], 24),

@@ -37,6 +37,11 @@ def read_splits(config: TaskConfig, columns: Sequence[str]) -> dict[str, Any]:
                 f"the data must hold the named splits; {location} has {sorted(local)}, not "
                 f"{absent}. Set `train_split`/`validation_split` (None carves one)."
             )
+    if local is not None and config.subset is not None:
+        raise ValueError(
+            f"`subset` chooses within a data set of a hub; {location} is local, so it would have "
+            f"no effect; got {config.subset!r}. Remove it, or name another folder."
+        )
     loaded = {}
     options: dict[str, Any]
     for name in names:
@@ -52,6 +57,10 @@ def read_splits(config: TaskConfig, columns: Sequence[str]) -> dict[str, Any]:
         try:
             loaded[name] = datasets.load_dataset(source, split=name, **options)
         except Exception as error:  # each reader and the hub raise their own kinds
+            if "corresponds to no data" in str(error):
+                raise ValueError(
+                    f"split {name!r} of {config.data!r} holds no rows. Name another one."
+                ) from error
             raise ValueError(
                 "the data must be a readable local file or folder, demo:NAME, or a hub name that "
                 f"can be reached; got {config.data!r}, split {name!r}: {_first_cause(error)} "

@@ -40,6 +40,12 @@ class Sft:
         for split, rows in splits.items():
             if rows is not None:
                 require_filled(rows, columns, str, split, config)
+                if not any(answer.strip() for answer in rows[config.answer_column]):
+                    raise ValueError(
+                        f"an answer must be there to be learnt; every {split} row of "
+                        f"{config.data!r} has an empty {config.answer_column!r}. Name the right "
+                        f"`answer_column`. First row: {rows[0]}"
+                    )
                 numbers = list(range(len(rows)))
                 splits[split] = rows.select_columns(columns).add_column(ROW_NUMBER, numbers)
         self._rows = carve_validation(splits, config)
