@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -24,8 +25,11 @@ from transformers import (
     ViTConfig,
 )
 
+from e2lora.config import ModelConfig
 from e2lora.gradients import Microbatch, Probing, Round, measure_gradients
+from e2lora.models import load_base
 from e2lora.targets import find_targets, fused_parts, is_transposed, layers_without
+from tests.test_sft import EOS, byte_tokenizer
 
 SMALL = {
     "hidden_size": 32,
@@ -36,6 +40,7 @@ SMALL = {
 TEXT = {**SMALL, "vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 VISION = {**SMALL, "image_size": 8, "patch_size": 4}
 ROWS = 6
+F32 = torch.float32
 
 
 class Kind(NamedTuple):
@@ -237,3 +242,17 @@ def test_quantised_layers_have_the_gradient_of_the_weight_they_stand_for() -> No
     for entry in found.layers:
         std = expected[entry.target.path].std(correction=0).item()
         assert entry.moments.std == pytest.approx(std, rel=1e-5)
+
+
+def test_gpt2_without_a_token_for_padding_is_profiled_on_texts_of_unlike_length(
+    tmp_path: Path,
+) -> None:
+    """As the real one is: its configuration names none, and its tokenizer has none."""
+    config = GPT2Config(**{**TEXT, "vocab_size": 258, "bos_token_id": 0, "eos_token_id": 1})
+    config.pad_token_id = None
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    byte_tokenizer(eos_token=EOS).save_pretrained(tmp_path)
+    base = load_base(ModelConfig(name=str(tmp_path)), AutoModelForSequenceClassification, 2, F32)
+    assert base.tokenizer.pad_token_id == base.model.config.pad_token_id == 1
+    batch = base.tokenizer(["good", "not good at all"], padding=True, return_tensors="pt")
+    assert base.model(**batch).logits.shape == (2, 2)

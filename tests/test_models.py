@@ -27,6 +27,7 @@ from e2lora.config import AdapterConfig, ModelConfig, PlanConfig
 from e2lora.models import (
     load_base,
     load_structure,
+    load_tokenizer,
     require_weights,
     reset_head,
     weights_fingerprint,
@@ -259,6 +260,28 @@ def test_fingerprint_shows_the_smallest_change_of_any_weight(dtype: torch.dtype)
         assert weights_fingerprint(model, skip=head) != before, name
         flat[-1] = kept
     assert weights_fingerprint(model, skip=head) == before
+
+
+def test_folder_without_a_tokenizers_files_is_refused(tmp_path: Path) -> None:
+    """transformers makes one of five tokens, to which every word is unknown."""
+    source = Path(resolve("demo:minilm-l6"))
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).symlink_to(source / name)
+    config = ModelConfig(name=str(tmp_path))
+    with pytest.raises(ValueError, match=r"has 5, the model 30522\. Put the tokenizer's files"):
+        load_tokenizer(config)
+    with pytest.raises(ValueError, match="tokenizer"):
+        load_base(config, AutoModelForSequenceClassification, 2, torch.float32)
+
+
+def test_model_of_another_kind_is_refused_in_one_paragraph() -> None:
+    from transformers import AutoModelForImageClassification
+
+    config = ModelConfig(name="demo:minilm-l6")
+    for load in (load_structure, lambda *given: load_base(*given, torch.float32)):
+        with pytest.raises(ValueError, match="needs a model of its kind") as refused:
+            load(config, AutoModelForImageClassification, 2)
+        assert len(str(refused.value)) < 250
 
 
 def test_fingerprint_shows_weights_that_changed_places() -> None:

@@ -237,6 +237,10 @@ WRONG_ROWS = {
         [*ROWS, {"prompt": "a", "answer": None}],
         r"needs a str in 'answer'; train row 12 .*None: \{'prompt': 'a'.*Correct or drop",
     ),
+    "no answer at all": (
+        [{"prompt": "a", "answer": " "}] * 4,
+        r"every train row of .* has an empty 'answer'\. Name the right `answer_column`",
+    ),
     "number for an answer": (
         [{"prompt": "a", "answer": i} for i in range(4)],
         r"needs a str in 'answer'; train row 0 .*has 0: \{.*Correct or drop",

@@ -285,6 +285,12 @@ WRONG_FILES = {
 }
 
 
+def test_subset_of_local_data_is_refused_since_it_would_have_no_effect(tmp_path: Path) -> None:
+    data = folder_of(tmp_path / "data", train=ROWS)
+    with pytest.raises(ValueError, match=r"no effect; got 'main'\. Remove it"):
+        task_of(data, subset="main")
+
+
 @pytest.mark.parametrize(("content", "message"), WRONG_FILES.values(), ids=WRONG_FILES)
 def test_wrong_file_is_refused_with_the_value_and_a_remedy(
     tmp_path: Path, content: str | Rows, message: str
