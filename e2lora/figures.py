@@ -85,7 +85,7 @@ def _draw_ranks_of(axes: Any, plan: SharingPlan, module_type: str, name: str) ->
             for layer in run[1:]:  # a hair line between layers of one block
                 x = [layer - 0.5, layer - 0.5]
                 axes.plot(x, [0, group.r], color="white", lw=0.5, alpha=0.7, zorder=3)
-            top = max(highest[layer] for layer in run)
+            top = max(highest[layer] for layer in run[(length - 1) // 2 : length // 2 + 1])
             text = f"{group.r}"
             axes.text(left + length / 2, top, text, ha="center", va="bottom", fontsize=8)
     axes.axhline(plan.options.r, color=INK, lw=1, ls=(0, (5, 4)), zorder=4)
