@@ -570,6 +570,17 @@ def test_outputs_changed_in_place_and_inputs_by_name_are_measured_right() -> Non
     assert check_against_autograd(Odd(), NAMES, toy_batches(6), toy_loss, 6) == "blocks"
 
 
+def test_module_that_returns_more_than_a_tensor_is_refused_by_name() -> None:
+    class Router(nn.Linear):
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x), x
+
+    model = Toy()
+    model.layers[1]["up"] = Router(6, 12)
+    with pytest.raises(ValueError, match=r"layers\.1\.up returns a tuple"):
+        measured(model, toy_batches(6))
+
+
 def test_autocast_around_it_does_not_round_the_gradients() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = measured(Toy(), toy_batches(6))

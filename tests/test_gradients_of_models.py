@@ -30,14 +30,8 @@ from e2lora.gradients import Microbatch, Probing, Round, measure_gradients
 from e2lora.models import load_base
 from e2lora.targets import find_targets, fused_parts, is_transposed, layers_without
 from tests.test_sft import EOS, byte_tokenizer
+from tests.test_targets import SMALL, TEXT
 
-SMALL = {
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-}
-TEXT = {**SMALL, "vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 VISION = {**SMALL, "image_size": 8, "patch_size": 4}
 ROWS = 6
 F32 = torch.float32

@@ -57,6 +57,11 @@ def probed(
         def hook(
             module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Any], output: Tensor
         ) -> Tensor:
+            if not isinstance(output, Tensor):
+                raise ValueError(
+                    f"a target must map one tensor to one tensor; {path} returns a "
+                    f"{type(output).__name__}. Take it out of `target_modules`."
+                )
             on_forward(path)
             x = inputs[0] if inputs else next(iter(named.values()))
             return _Probe.apply(output, x, anchor, partial(record, path))

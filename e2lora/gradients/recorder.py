@@ -114,8 +114,7 @@ class Recorder:
         shares = self._shares(path, x, delta)
         if path not in self._once:
             for fold, xs, deltas in shares:
-                held = self._of_round.get((fold, path))
-                if held is None:
+                if (fold, path) not in self._of_round:
                     self._of_round[fold, path] = self._hold(target)
                 self._of_round[fold, path].addmm_(deltas.T, xs)
             return

@@ -75,7 +75,9 @@ def profile_cost(
         memory={
             "process": PROCESS_BYTES,
             "weights": BYTES * sum(weights.values()),
-            "activations": BYTES * max(padded) * _activations_per_token(structure, calibration),
+            "activations and logits": BYTES
+            * max(padded)
+            * _activations_per_token(structure, calibration),
             "inputs saved by the probe": BYTES * max(padded) * sum(t.in_features for t in targets),
             "gradients held": max(sum(held[t.path] for t in members) for members in passes),
         },
