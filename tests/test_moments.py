@@ -168,5 +168,5 @@ def test_width_that_is_no_number_is_refused(value: float) -> None:
 def test_dead_gradient_is_named_with_the_remedy() -> None:
     profile = make_profile([1.0, 0.0, 2.0])
     with pytest.raises(ValueError, match=r"1 got none: h\.1\.q\..*target_modules"):
-        require_usable(profile.layers)
-    require_usable([profile.layers[0], profile.layers[2]])
+        require_usable((entry.target, entry.moments) for entry in profile.layers)
+    require_usable((profile.layers[k].target, profile.layers[k].moments) for k in (0, 2))
