@@ -207,8 +207,10 @@ def test_folder_that_cannot_be_written_is_refused_before_anything_is_measured(
 
 def test_plans_of_an_earlier_run_do_not_stay_beside_new_ones(plan: Any, tmp_path: Path) -> None:
     plan(*SMALL, "--plan", "e2", "--plan", "lora")
+    (tmp_path / "out" / "plan-of-mine.json").write_text("{}")
     plan(*SMALL, "--plan", "e2")
-    assert [file.name for file in (tmp_path / "out").glob("plan*.json")] == ["plan.json"]
+    left = {file.name for file in (tmp_path / "out").glob("plan*.json")}
+    assert left == {"plan.json", "plan-of-mine.json"}
 
 
 def test_profiles_of_other_models_have_folders_of_their_own(

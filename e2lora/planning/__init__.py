@@ -167,8 +167,9 @@ def make_plans(request: Request, out: Path | None = None, profile_file: Path | N
         pictures += [out / f"similarity{number}.png", out / f"ranks{number}.png"]
         draw_similarity(pictures[-2], profile, shown, title)
         draw_ranks(pictures[-1], shown, title)
-    for stale in out.glob("plan*.json"):
-        stale.unlink()
+    for old in (out / "plan.json", *out.glob("plan-*.json")):
+        if old.exists() and '"profile_fingerprint"' in old.read_text(encoding="utf-8"):
+            old.unlink()  # a plan of an earlier run, and not something else of that name
     files = [out / "profile.json"]
     write_json(files[0], profile)
     for label, plan in plans.items():
