@@ -26,7 +26,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--space", default="search_spaces.quickstart")
-    parser.add_argument("--model")
+    parser.add_argument("--model", nargs="+")
     parser.add_argument("--task", nargs="+")
     parser.add_argument("--targets", nargs="+")
     parser.add_argument("--sizes", nargs="+", type=int, default=[16, 64, 256, 1024])
@@ -36,7 +36,7 @@ def main() -> int:
 
     from e2lora.moments import GradientProfile
     from e2lora.plan import SharingPlan
-    from e2lora.planning import make_plans
+    from e2lora.planning import make_plans, title_of
     from e2lora.planning.entry import Words, request_of
     from e2lora.text_table import text_table
 
@@ -53,17 +53,19 @@ def main() -> int:
             plan = SharingPlan.model_validate_json((Path(folder) / "plan.json").read_text())
         profile, found = GradientProfile.model_validate_json(profile_text), plan.stability
         assert found is not None  # there are folds
+        measured = profile.provenance
+        title = title_of(measured.model, measured.task)
         rows.append(
             [
                 str(size),
-                f"{profile.provenance.num_supervised // NUM_FOLDS:,}",
+                f"{measured.num_supervised // NUM_FOLDS:,}",
                 f"{found.jaccard:.2f}",
                 f"{found.chance:.2f}",
                 f"{found.rank_difference:.2f}",
                 str(len(plan.groups)),
             ]
         )
-        print(f"{request.title}: {size} rows a fold: {found.verdict}", flush=True)
+        print(f"{title}: {size} rows a fold: {found.verdict}", flush=True)
     head = ["rows", "supervised", "Jaccard", "by chance", "mean |Δr|", "groups of all 4 n rows"]
     print(text_table(head, rows, right=range(6)))
     return 0

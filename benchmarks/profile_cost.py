@@ -40,7 +40,8 @@ def ways_of(options: argparse.Namespace) -> dict[str, Callable[[], Any]]:
     model.requires_grad_(False).eval()
     targets = find_targets(model, TARGETS)
     shape = (options.rows, options.tokens)
-    ids = torch.randint(0, 1000, shape, generator=torch.Generator().manual_seed(0)).to(device)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, model.config.vocab_size, shape, generator=generator).to(device)
     supervised = options.rows * (options.tokens - 1)
 
     def loss_sum(model: Any, ids: Any) -> Any:

@@ -46,7 +46,7 @@ def request_for(arguments: Sequence[str]) -> Request:
     return request_of(
         Words(
             "search_spaces.quickstart",
-            model=(options.get("--model") or [None])[0],
+            model=options.get("--model"),
             task=options.get("--task"),
             targets=options.get("--targets"),
             calibration=CALIBRATION,
