@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -30,13 +29,14 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 def ways_of(options: argparse.Namespace) -> dict[str, Callable[[], Any]]:
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModel, AutoModelForCausalLM
 
     from e2lora.gradients import Microbatch, Probing, Round, measure_gradients
     from e2lora.targets import find_targets
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).to(device)
+    auto_class = AutoModel if options.headless else AutoModelForCausalLM
+    model = auto_class.from_pretrained(options.model, dtype=torch.float32).to(device)
     model.requires_grad_(False).eval()
     targets = find_targets(model, TARGETS)
     shape = (options.rows, options.tokens)
@@ -45,6 +45,8 @@ def ways_of(options: argparse.Namespace) -> dict[str, Callable[[], Any]]:
     supervised = options.rows * (options.tokens - 1)
 
     def loss_sum(model: Any, ids: Any) -> Any:
+        if options.headless:
+            return model(input_ids=ids, use_cache=False).last_hidden_state.square().sum()
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
         return torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum")
 
@@ -93,6 +95,9 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument(
+        "--headless", action="store_true", help="without logits, whose memory hides the probe's"
+    )
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
     sys.path.insert(0, str(ROOT))
@@ -100,10 +105,10 @@ def main() -> int:
 
     ways = ways_of(options)
     if options.peak_of:
-        before = _resident_mib()
+        Path("/proc/self/clear_refs").write_text("5")  # the peak so far was of loading
+        before = _status_mib("VmRSS")
         ways[options.peak_of]()
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(f"{peak - before:.1f}")
+        print(f"{_status_mib('VmHWM') - before:.1f}")
         return 0
 
     stds = {name: way() for name, way in ways.items()}  # also warms up
@@ -138,12 +143,16 @@ def main() -> int:
 
 def _run_alone(name: str) -> str:
     command = [sys.executable, *sys.argv, "--peak-of", name]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1]
+    steady = {**os.environ, "MALLOC_TRIM_THRESHOLD_": "0"}  # what is freed is given back
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=steady)
+    return done.stdout.split()[-1]
 
 
-def _resident_mib() -> float:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+def _status_mib(field: str) -> float:
+    """VmRSS, what this process holds now, or VmHWM, the most it held (Linux)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith(f"{field}:"))
+    return int(line.split()[1]) / 1024
 
 
 if __name__ == "__main__":

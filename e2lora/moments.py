@@ -12,13 +12,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from e2lora.config import Frozen
 
-PROFILE_VERSION: Final = 2
 HALF_LOG_2PI_E = 0.5 * math.log(2 * math.pi) + 0.5
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Final, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -18,8 +18,6 @@ from e2lora.moments import GradientProfile, Provenance, Target, require_usable
 from e2lora.partition import TOPOLOGIES, Stack, explicit_groups, names_type
 from e2lora.sharing import Shared, share
 from e2lora.stability import Stability, compare_folds
-
-PLAN_VERSION: Final = 2
 
 
 class Group(Frozen):
