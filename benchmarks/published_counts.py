@@ -29,6 +29,7 @@ DEPTH: dict[str, Callable[[float], float]] = {  # entropy over depth 0 … 1, in
 
 def main() -> int:
     sys.path.insert(0, str(ROOT))
+    from e2lora.adapters import count_adapter_parameters
     from e2lora.config import AdapterConfig, PlanConfig
     from e2lora.moments import (
         HALF_LOG_2PI_E,
@@ -38,7 +39,7 @@ def main() -> int:
         Provenance,
         Target,
     )
-    from e2lora.plan import build_plan, count_adapter_parameters
+    from e2lora.plan import build_plan
     from e2lora.text_table import text_table
 
     targets = [

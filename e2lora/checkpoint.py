@@ -1,7 +1,8 @@
 """A trial's state on disk, independent of the number of workers and of the ZeRO stage.
 
     checkpoints/step-000120/
-      state.safetensors   full tensors: parameter/NAME, exp_avg/NAME, exp_avg_sq/NAME
+      state.safetensors   full tensors: parameter/NAME, exp_avg/NAME, exp_avg_sq/NAME, adam_steps;
+                          initial/NAME, hooks/NAME where the adapter's family has such
       state.json          step, identity of the trial, losses and evaluations so far
       COMPLETE            written last; a folder without it does not count
 

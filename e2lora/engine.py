@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from e2lora.adapters import is_head, trainable_parameters
-from e2lora.config import TrainConfig
+from e2lora.adapters import FAMILIES, is_head, trainable_parameters
+from e2lora.adapters.family import Handle
+from e2lora.config import AdapterConfig, TrainConfig
 
 ADAM_STATE = ("exp_avg", "exp_avg_sq")
 
@@ -63,18 +64,25 @@ def learning_rate_factor(training: TrainConfig, step: int) -> float:
     return 1.0
 
 
-class Engine:
+def peak_learning_rate(name: str, adapter: AdapterConfig, training: TrainConfig) -> float:
+    """Of a parameter by its name, before the schedule."""
+    if is_head(name):
+        return training.head_learning_rate or training.learning_rate
+    family = FAMILIES[adapter.family]
+    return training.learning_rate * family.learning_rate_ratio(name, adapter)
+
+
+class Engine(Handle):
     """``deepspeed.initialize`` around an adapted model, one per trial."""
 
-    def __init__(self, model: Any, training: TrainConfig) -> None:
+    def __init__(self, model: Any, adapter: AdapterConfig, training: TrainConfig) -> None:
         self.training = training
         self.parameters = trainable_parameters(model)
-        head_rate = training.head_learning_rate or training.learning_rate
-        groups = []
-        for head, peak in ((False, training.learning_rate), (True, head_rate)):
-            members = [p for name, p in self.parameters.items() if is_head(name) == head]
-            if members:
-                groups.append({"params": members, "lr": peak, "peak": peak})
+        by_rate: dict[float, list[Tensor]] = {}
+        for name, parameter in self.parameters.items():
+            peak = peak_learning_rate(name, adapter, training)
+            by_rate.setdefault(peak, []).append(parameter)
+        groups = [{"params": p, "lr": peak, "peak": peak} for peak, p in by_rate.items()]
         optimizer = torch.optim.AdamW(groups, weight_decay=training.weight_decay)
         self._engine, *_ = import_deepspeed().initialize(
             model=model,
@@ -103,6 +111,29 @@ class Engine:
             group["lr"] = group["peak"] * factor
         self._engine.step()
 
+    def gradient(self, name: str) -> Tensor:
+        from deepspeed.utils import safe_get_full_grad
+
+        parameter = self.parameters[name]
+        partitioned = self._partitioned(parameter)
+        gradient = safe_get_full_grad(parameter) if partitioned else parameter.grad
+        if gradient is None:
+            raise RuntimeError(f"{name} has no gradient after backward: does the loss reach it?")
+        return gradient.detach().float()
+
+    def assign(self, name: str, value: Tensor) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        parameter = self.parameters[name]
+        parameter.data.copy_(value)
+        if self._partitioned(parameter):
+            safe_set_full_fp32_param(parameter, value.to(parameter.device))
+
+    def restart_optimizer(self) -> None:
+        for state in self._adam.state.values():
+            for value in state.values():
+                value.zero_()
+
     def gather(self) -> dict[str, Tensor]:
         """Full float32 parameters and Adam moments by name, on CPU. Collective: all must call."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
@@ -117,25 +148,24 @@ class Engine:
                 full, state = parameter.detach(), self._adam.state[parameter]
             tensors[f"parameter/{name}"] = full
             tensors |= {f"{key}/{name}": state[key] for key in ADAM_STATE}
+        tensors["adam_steps"] = next(iter(self._adam.state.values()))["step"]
         return {key: value.detach().float().cpu().clone() for key, value in tensors.items()}
 
-    def restore(self, tensors: dict[str, Tensor], step: int) -> None:
+    def restore(self, tensors: dict[str, Tensor]) -> None:
         """The inverse of :meth:`gather`, on any number of workers."""
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+        from deepspeed.utils import safe_set_full_optimizer_state
 
         for group in self._adam.param_groups:
             for held in group["params"]:  # under ZeRO: this worker's flat partitions
                 self._adam.state[held] = {
-                    "step": torch.tensor(float(step)),
+                    "step": tensors["adam_steps"].clone(),
                     **{key: torch.zeros_like(held) for key in ADAM_STATE},
                 }
         self._link_partitions()
         for name, parameter in self.parameters.items():
-            full = tensors[f"parameter/{name}"].to(parameter.device)
-            parameter.data.copy_(full)
+            self.assign(name, tensors[f"parameter/{name}"])
             state = {key: tensors[f"{key}/{name}"].to(parameter.device) for key in ADAM_STATE}
             if self._partitioned(parameter):
-                safe_set_full_fp32_param(parameter, full)
                 for key, value in state.items():
                     safe_set_full_optimizer_state(parameter, value, key)
             else:

@@ -13,7 +13,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from e2lora.config import AdapterConfig, Frozen, PlanConfig
+from e2lora.config import Frozen, PlanConfig
 from e2lora.moments import GradientProfile, Provenance, Target, require_usable
 from e2lora.partition import TOPOLOGIES, Stack, explicit_groups, names_type
 from e2lora.sharing import Shared, share
@@ -296,18 +296,3 @@ def require_plan_fits(plan: SharingPlan, targets: Sequence[Target]) -> None:
             "the groups of a plan must cover each of its layers exactly once; these are missing, "
             f"extra or covered twice: {wrong[:5]}. Rebuild the plan."
         )
-
-
-def count_adapter_parameters(plan: SharingPlan, adapter: AdapterConfig) -> int:
-    """Trainable adapter parameters, each shared tensor once; a head is not counted.
-
-    Per group r(in + out); with A at type scope, A counts once per module type.
-    """
-    shapes = {t.module_type: (t.in_features, t.out_features) for t in plan.targets}
-    total = 0
-    for module_type in plan.module_types:
-        in_features, out_features = shapes[module_type]
-        ranks = [group.r for group in plan.groups_of(module_type)]
-        total += out_features * sum(ranks)
-        total += in_features * (max(ranks) if adapter.a_scope == "type" else sum(ranks))
-    return total

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from e2lora.adapters import adapt, count_parameters
+from e2lora.adapters import FAMILIES, adapt, count_parameters, require_possible_trial
+from e2lora.adapters.family import DEFAULT_NAME
 from e2lora.adapters.storage import save_adapter
 from e2lora.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from e2lora.config import TrialConfig, fingerprint_of
@@ -68,6 +69,8 @@ def run_trial(
 ) -> TrainedTrial:
     """Train one trial, from its newest checkpoint if there is one; leaves ``base`` as it was.
 
+    A family that touches the base leaves it changed, and says so: see ``Family.touches_base``.
+
     Args:
         group: process group of all workers, or None for one.
 
@@ -76,13 +79,14 @@ def run_trial(
         FloatingPointError: the loss is not finite.
         ValueError: the plan doesn't fit, or a checkpoint is another trial's.
     """
-    reset_head(base.model, base.head, config.seed)
-    torch.manual_seed(config.seed)
-    adapted = adapt(base.model, plan, config.adapter, base.head)
+    require_possible_trial(config)
+    config = config.model_copy(update={"adapter": config.adapter.seeded(config.seed)})
+    run = _Run(base, data, plan, config, folder, reports, group)
     try:
-        return _Run(base, data, plan, config, folder, reports, group, adapted).to_the_end()
+        return run.to_the_end()
     finally:
-        adapted.unload()
+        if run.adapted is not None:
+            run.adapted.unload()
         base.model.requires_grad_(False)
         base.model.eval()
 
@@ -97,10 +101,11 @@ class _Run:
         folder: TrialFolder,
         reports: Reports,
         group: Any,
-        adapted: Any,
     ) -> None:
         self.base, self.data, self.plan, self.config = base, data, plan, config
-        self.folder, self.reports, self.group, self.adapted = folder, reports, group, adapted
+        self.folder, self.reports, self.group = folder, reports, group
+        self.family = FAMILIES[config.adapter.family]
+        self.adapted: Any = None
         self.rank = dist.get_rank(group) if group else 0
         self.identity = fingerprint_of([config.identity(), plan.fingerprint()])
         self.losses: list[float] = []
@@ -108,11 +113,14 @@ class _Run:
         self.outcomes: list[float] = []
 
     def to_the_end(self) -> TrainedTrial:
-        training = self.config.training
+        adapter, training = self.config.adapter, self.config.training
+        state = self._agreed_checkpoint()
+        self._adapt(state)
         adapter_parameters, head_parameters = count_parameters(self.adapted)
-        self.engine = Engine(self.adapted, training)
+        self.engine = Engine(self.adapted, adapter, training)
+        self.hooks = self.family.hooks(self.adapted, adapter, training, self.engine)
         try:
-            start = self._resume()
+            start = self._resume(state) if state else 0
             for step in range(start, training.max_steps):
                 self._train_step(step)
                 self._follow_up(step + 1)
@@ -124,11 +132,21 @@ class _Run:
             )
         return TrainedTrial(self.losses, self.evaluations, adapter_parameters, head_parameters)
 
-    def _resume(self) -> int:
-        state = self._agreed_checkpoint()
-        if state is None:
-            return 0
-        self.engine.restore(state.tensors, state.step)
+    def _adapt(self, state: TrainState | None) -> None:
+        """As at the trial's beginning, also where it goes on: its start is not drawn again."""
+        reset_head(self.base.model, self.base.head, self.config.seed)
+        torch.manual_seed(self.config.seed)
+        self.adapted = adapt(
+            self.base.model,
+            self.plan,
+            self.config.adapter,
+            self.base.head,
+            initial=_below("initial/", state.tensors) if state else None,
+        )
+
+    def _resume(self, state: TrainState) -> int:
+        self.engine.restore(state.tensors)
+        self.hooks.restore(_below("hooks/", state.tensors))
         self.losses, self.evaluations = state.losses, state.evaluations
         self.outcomes = state.outcomes
         for evaluation in self.evaluations:  # the study may not have heard of the last ones
@@ -162,13 +180,18 @@ class _Run:
         scale = training.num_workers * num_micro / task.num_supervised(rows)
         total = torch.zeros((), dtype=torch.float64)
         self.adapted.train()
-        for micro in microbatches_of(rows, self.rank, training.num_workers, num_micro):
+        shares = microbatches_of(rows, self.rank, training.num_workers, num_micro)
+        for number, micro in enumerate(shares, start=1):
             batch = task.collate(micro, tokenizer)
             batch = {key: value.to(self.engine.device) for key, value in batch.items()}
             loss = task.loss_sum(self.engine.module, batch)
             total += loss.detach().double().cpu()
-            self.engine.backward(loss * scale)
+            penalty = self.hooks.penalty()
+            self.engine.backward(loss * scale if penalty is None else loss * scale + penalty)
+            if number == num_micro:
+                self.hooks.after_backward(step + 1)
             self.engine.micro_step(step)
+        self.hooks.after_step(step + 1)
         if self.group:
             dist.all_reduce(total, group=self.group)
         mean = float(total) / task.num_supervised(rows)
@@ -207,13 +230,25 @@ class _Run:
         self.evaluations.append(Evaluation(step=step, metrics=metrics))
 
     def _checkpoint(self, step: int) -> None:
+        initial = self.family.initial(self.adapted, DEFAULT_NAME)
         tensors = self.engine.gather()
+        tensors |= {f"initial/{name}": tensor.cpu() for name, tensor in initial.items()}
+        tensors |= {f"hooks/{name}": tensor.cpu() for name, tensor in self.hooks.state().items()}
         self.reports.on_step(step)  # an attempt that lost its trial must not write
         if self.rank == 0:
             state = TrainState(
                 step, self.identity, tensors, self.losses, self.evaluations, self.outcomes
             )
             save_checkpoint(self.folder.checkpoints, state)
+
+
+def _below(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors whose names begin so, by the rest of their names."""
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
 
 
 def _is_due(step: int, every: int | None) -> bool:

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 PURE = (
     "config.frozen",
+    "config.adapter",
     "config.tasks",
     "config.plan",
     "config",
@@ -45,6 +46,9 @@ ROOMS = (
     "tasks.scores",
     "tasks.*",
     "tasks",
+    "adapters.family",
+    "adapters.tensors",
+    "adapters.lora",
     "adapters.*",
     "adapters",
     "adapters.storage",

@@ -21,7 +21,7 @@ from transformers import (
     RobertaConfig,
 )
 
-from e2lora.adapters import adapt, count_parameters
+from e2lora.adapters import adapt, count_adapter_parameters, count_parameters
 from e2lora.assets import resolve
 from e2lora.config import AdapterConfig, ModelConfig, PlanConfig
 from e2lora.models import (
@@ -32,7 +32,7 @@ from e2lora.models import (
     reset_head,
     weights_fingerprint,
 )
-from e2lora.plan import build_plan, count_adapter_parameters
+from e2lora.plan import build_plan
 from e2lora.targets import find_targets
 from tests.conftest import model_folder
 

@@ -11,13 +11,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from e2lora.adapters import count_adapter_parameters
 from e2lora.config import PRESETS, AdapterConfig, ExplicitGroup, PlanConfig
 from e2lora.moments import GradientProfile
 from e2lora.plan import (
     Group,
     SharingPlan,
     build_plan,
-    count_adapter_parameters,
     require_plan_fits,
     require_possible,
 )

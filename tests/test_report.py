@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from e2lora.adapters import count_adapter_parameters
 from e2lora.config import (
     AdapterConfig,
     AnyTaskConfig,
@@ -24,7 +25,7 @@ from e2lora.config import (
     TrialConfig,
 )
 from e2lora.moments import GradientProfile, LayerGradient, Moments, Provenance, Target
-from e2lora.plan import build_plan, count_adapter_parameters
+from e2lora.plan import build_plan
 from e2lora.records import StudyFolder, StudyRecord, TrialResult, write_json
 from e2lora.report import metric_of, render_report
 

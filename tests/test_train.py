@@ -243,7 +243,7 @@ def test_resumed_trial_equals_an_uninterrupted_one_bit_for_bit(
             module.p = 0.0
     assert (resumed.losses, resumed.evaluations) == (whole.losses, whole.evaluations)
     assert heard == whole.evaluations, "evaluations before the checkpoint are told again"
-    for file in ("adapter_model.safetensors", "plan.json"):
+    for file in ("adapter.safetensors", "plan.json"):
         one, other = (tmp_path / f"{n:05d}" / "adapter" / file for n in (0, 1))
         assert one.read_bytes() == other.read_bytes()
 

@@ -2,33 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from e2lora.adapters.lora import adapt_lora
-from e2lora.config import AdapterConfig
-from e2lora.plan import SharingPlan, count_adapter_parameters, require_plan_fits
+from torch import Tensor
+
+from e2lora.adapters.family import DEFAULT_NAME, Family, Request
+from e2lora.adapters.lora import Dora, Lora, LoraFa, LoraPlus
+from e2lora.adapters.lori import Lori
+from e2lora.config import AdapterConfig, TrialConfig
+from e2lora.plan import SharingPlan, require_plan_fits
 from e2lora.targets import find_targets
 
-FAMILIES: dict[str, Callable[[Any, SharingPlan, AdapterConfig, Sequence[str]], Any]] = {
-    "lora": adapt_lora,
+FAMILIES: dict[str, Family] = {
+    family.key: family for family in (Lora(), Dora(), LoraPlus(), LoraFa(), Lori())
 }
 
 
-def adapt(model: Any, plan: SharingPlan, config: AdapterConfig, head: Sequence[str] = ()) -> Any:
+def adapt(
+    model: Any,
+    plan: SharingPlan,
+    config: AdapterConfig | None = None,
+    head: Sequence[str] = (),
+    *,
+    adapter_name: str = DEFAULT_NAME,
+    gradients: Mapping[str, Tensor] | None = None,
+    initial: Mapping[str, Tensor] | None = None,
+) -> Any:
     """Put adapters into ``model`` in place, as the plan says; returns the PEFT model around it.
 
     Shared tensors are one parameter. ``head`` modules are trained in full beside the adapter.
     Seed torch first: the initial A is random.
 
+    Args:
+        model: a transformers model, or a PEFT model that gets one more adapter.
+        config: None: LoRA on the plan's targets.
+        gradients: for families that start from them: see :class:`e2lora.adapters.family.Request`.
+        initial: in their place, what another adapter of the same trial started from.
+
     Raises:
         ValueError: the plan doesn't fit the model, or the family can't do what it asks.
     """
+    config = config or AdapterConfig(target_modules=tuple(t.path for t in plan.targets))
+    family = FAMILIES[config.family]
+    family.require_suits(plan.options, config)
+    family.require_fits(plan, config)
     require_plan_fits(plan, find_targets(model, config.target_modules))
-    adapted = FAMILIES[config.family](model, plan, config, head)
-    counted, expected = count_parameters(adapted)[0], count_adapter_parameters(plan, config)
+    request = Request(plan, config, head, adapter_name, gradients, initial)
+    adapted = family.build(model, request)
+    counted = count_parameters(adapted)[0]
+    expected = count_adapter_parameters(plan, config)
     assert counted == expected, f"adapter has {counted} parameters, its plan {expected}"
     return adapted
+
+
+def count_adapter_parameters(plan: SharingPlan, config: AdapterConfig) -> int:
+    """Trainable adapter parameters, each shared tensor once; a head is not counted."""
+    return FAMILIES[config.family].count(plan, config)
+
+
+def require_possible_trial(config: TrialConfig) -> None:
+    """Refuse what the trial's family can't do, before anything is loaded.
+
+    Raises:
+        ValueError: with the reason.
+    """
+    family = FAMILIES[config.adapter.family]
+    family.require_suits(config.plan, config.adapter)
+    family.require_trains(config)
 
 
 def count_parameters(model: Any) -> tuple[int, int]:

@@ -13,6 +13,17 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from e2lora.config.adapter import (
+    FAMILIES,
+    AdaLoraOptions,
+    AdapterConfig,
+    LoraGaOptions,
+    LoraPlusOptions,
+    LoriOptions,
+    RandLoraOptions,
+    Scope,
+    VeraOptions,
+)
 from e2lora.config.frozen import Frozen, fingerprint_of, in_one_paragraph
 from e2lora.config.plan import (
     CUT_BY_GRADIENTS,
@@ -31,24 +42,32 @@ from e2lora.config.tasks import (
 
 __all__ = [
     "CUT_BY_GRADIENTS",
+    "FAMILIES",
     "NEEDS_PAIRS",
     "PARALLELISM",
     "PRESETS",
+    "AdaLoraOptions",
     "AdapterConfig",
     "AnyTaskConfig",
     "CalibrationConfig",
     "ExplicitGroup",
     "Frozen",
     "GroupSpec",
+    "LoraGaOptions",
+    "LoraPlusOptions",
+    "LoriOptions",
     "ModelConfig",
     "Objective",
     "PlanConfig",
+    "RandLoraOptions",
+    "Scope",
     "SftConfig",
     "Study",
     "TaskConfig",
     "TextClassificationConfig",
     "TrainConfig",
     "TrialConfig",
+    "VeraOptions",
     "fingerprint_of",
     "in_one_paragraph",
     "system_name",
@@ -63,21 +82,6 @@ class ModelConfig(Frozen):
     config_overrides: dict[str, float | int | str | bool] = Field(
         default={}, description="set on the transformers configuration, e.g. a dropout of 0"
     )
-
-
-class AdapterConfig(Frozen):
-    """The adapter family, the modules it adapts, and the scope of its tensors.
-
-    ``interval`` scope: one tensor per group of the plan. ``type`` scope: one per module type.
-    LoRA with ``a_scope="type"`` is ShareLoRA-A.
-    """
-
-    family: Literal["lora"] = "lora"
-    target_modules: tuple[str, ...] = Field(
-        min_length=1, description="names of linear modules inside a layer, e.g. 'query'"
-    )
-    a_scope: Literal["interval", "type"] = "interval"
-    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
 
 
 class TrainConfig(Frozen):
@@ -174,20 +178,30 @@ def system_name(plan: PlanConfig, adapter: AdapterConfig) -> str:
     'E²LoRA (softmax, budget interval)'
     >>> system_name(PlanConfig(), lora.model_copy(update={"a_scope": "type"}))
     'ShareLoRA-A'
+    >>> system_name(PlanConfig(topology="e2"), lora.model_copy(update={"family": "vera"}))
+    'E²VeRA'
     """
-    allocation, shares_a = plan.rank_allocation, adapter.a_scope == "type"
+    allocation = plan.rank_allocation
     allocated = allocation != "uniform"
+    family, shared = adapter.display_name, _at_type_scope(adapter)
+    if adapter.family == "full":
+        return family
+    if adapter.family == "lora" and shared:
+        sharing = "ShareLoRA" if (plan.topology, shared) == ("e2", "A") else f"ShareLoRA-{shared}"
+        family = sharing if plan.topology in ("none", "e2") else family
     names = {
-        "none": "HRA only" if allocated else "ShareLoRA-A" if shares_a else "LoRA",
+        "none": "HRA only" if allocated else family,
         "all": "all-shared",
         "blocks": f"blocks({plan.block_size})",
         "strided": f"strided({plan.stride})",
         "random": f"random({plan.num_intervals or 'E²'}, seed {plan.partition_seed})",
         "matched": "matched blocks",
         "explicit": f"explicit {fingerprint_of([g.model_dump() for g in plan.groups or ()])[:4]}",
-        "e2": "E²LoRA" if allocated else "LSS only",
+        "e2": f"E²{family}" if allocated else "LSS only",
     }
     name = names[plan.topology]
+    if adapter.family != "lora" and family not in name:
+        name += f" {family}"
     details: list[str] = []
     chosen = {key: getattr(plan, key) for key in PRESETS["e2_published"]}
     if chosen == PRESETS["e2_published"]:
@@ -204,10 +218,18 @@ def system_name(plan: PlanConfig, adapter: AdapterConfig) -> str:
         if allocated and plan.budget != "layer":
             details.append(f"budget {plan.budget}")
     details += ["rsLoRA"] if plan.use_rslora else []
+    details += adapter.details
+    own = [s for s in "AB" if getattr(adapter, f"{s.lower()}_scope") == "layer"]
+    if own and plan.topology != "none":
+        details.append(f"{' and '.join(own)} per layer")
     name += f" ({', '.join(details)})" if details else ""
-    if name == "E²LoRA" and shares_a:
-        return "E²ShareLoRA"
-    return f"{name} + shared A" if shares_a and name != "ShareLoRA-A" else name
+    return name if not shared or "ShareLoRA" in name else f"{name} + shared {shared}"
+
+
+def _at_type_scope(adapter: AdapterConfig) -> str:
+    """Which of A and B serve a whole module type: "", "A", "B" or "AB"."""
+    scopes = {"A": adapter.a_scope, "B": adapter.b_scope}
+    return "".join(tensor for tensor, scope in scopes.items() if scope == "type")
 
 
 class GroupSpec(Frozen):

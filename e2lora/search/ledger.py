@@ -17,8 +17,8 @@ from optuna.trial import FrozenTrial, TrialState
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
+from e2lora.adapters import count_adapter_parameters
 from e2lora.config import Study, TrialConfig, in_one_paragraph
-from e2lora.plan import count_adapter_parameters
 from e2lora.pool import JobFailed, Pool
 from e2lora.records import StudyFolder, TrialResult, write_json
 from e2lora.search.plans import Plans, with_absolute_paths

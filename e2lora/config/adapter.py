@@ -1,0 +1,176 @@
+"""Which kind of adapter is put into the model, and which layers each of its tensors serves."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from e2lora.config.frozen import Frozen
+
+Scope = Literal["layer", "interval", "type"]
+
+FAMILIES: dict[str, str] = {
+    "lora": "LoRA",
+    "dora": "DoRA",
+    "lora_plus": "LoRA+",
+    "lora_fa": "LoRA-FA",
+    "lori": "LoRI",
+    "vera": "VeRA",
+    "randlora": "RandLoRA",
+    "adalora": "AdaLoRA",
+    "lora_ga": "LoRA-GA",
+    "full": "FFT",
+}
+"""Kinds of adapters: the word in a configuration → the name in the field and in reports."""
+
+Family = Literal[
+    "lora",
+    "dora",
+    "lora_plus",
+    "lora_fa",
+    "lori",
+    "vera",
+    "randlora",
+    "adalora",
+    "lora_ga",
+    "full",
+]
+
+INITIALISATION = re.compile(r"default|gaussian|orthogonal|olora|pissa(_niter_[1-9]\d*)?")
+
+
+class LoraPlusOptions(Frozen):
+    """LoRA+ (Hayou et al., 2024): B learns faster than A."""
+
+    lr_ratio: float = Field(default=16.0, ge=1, description="learning rate of B over that of A")
+
+
+class LoriOptions(Frozen):
+    """LoRI (Zhang et al., 2025): A frozen and random, B trained, in LoRI-S masked.
+
+    With ``mask_after`` it is LoRI-S: after so many steps the share ``keep`` of all entries of B
+    that are largest in magnitude is chosen over the whole model; B starts again from zero and only
+    these entries are trained.
+    """
+
+    mask_after: int | None = Field(default=None, gt=0, description="steps; None: LoRI-D, no mask")
+    keep: float = Field(default=0.1, gt=0, le=1)
+
+
+class VeraOptions(Frozen):
+    """VeRA (Kopiczko et al., 2024)."""
+
+    d_initial: float = Field(default=0.1, gt=0, description="initial value of λ_d")
+
+
+class RandLoraOptions(Frozen):
+    """RandLoRA (Albert et al., 2025)."""
+
+    sparse: bool = Field(default=False, description="bases of −1, 0 and 1, a third of them not 0")
+
+
+class AdaLoraOptions(Frozen):
+    """AdaLoRA (Zhang et al., 2023): starts above the base rank, prunes to it on the way.
+
+    Steps not given follow from the trial's length: warm-up a tenth, the last half at final ranks.
+    """
+
+    init_ratio: float = Field(default=1.5, ge=1, description="initial over final rank")
+    tinit: int | None = Field(default=None, ge=0, description="steps before pruning begins")
+    tfinal: int | None = Field(default=None, gt=0, description="steps after it ended")
+    delta_t: int = Field(default=1, gt=0, description="steps between two prunings")
+    beta1: float = Field(default=0.85, gt=0, lt=1)
+    beta2: float = Field(default=0.85, gt=0, lt=1)
+    orth_reg_weight: float = Field(default=0.5, ge=0)
+
+
+class LoraGaOptions(Frozen):
+    """LoRA-GA (Wang et al., 2024): starts along the gradient's leading directions."""
+
+    direction: Literal["ArBr", "A2rBr", "ArB2r"] = "ArB2r"
+    scale: Literal["stable", "weight_svd", "gd_scale", "unit"] = "stable"
+    stable_gamma: float = Field(default=16.0, gt=0)
+
+
+class AdapterConfig(Frozen):
+    """The adapter's family, the modules it adapts, and which layers each tensor serves.
+
+    Scopes: a tensor of ``layer`` scope serves one layer, of ``interval`` scope a group of the plan,
+    of ``type`` scope all layers of a module type; there it has the largest of their ranks, and each
+    layer uses as much as its rank. ShareLoRA-A, B and AB are LoRA with A, B or both at type scope;
+    E²ShareLoRA is an E² plan with A at type scope.
+    """
+
+    family: Family = "lora"
+    target_modules: tuple[str, ...] = Field(
+        description="names of linear modules inside a layer, e.g. 'query'; none for `full`"
+    )
+    a_scope: Scope = "interval"
+    b_scope: Scope = "interval"
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
+    init_lora_weights: str = Field(
+        default="default",
+        description="default, gaussian, orthogonal, olora, pissa or pissa_niter_N, as in PEFT",
+    )
+    projection_seed: int | None = Field(
+        default=None,
+        ge=0,
+        description="of frozen random projections; None: the trial's seed, outside of a trial 0",
+    )
+    lora_plus: LoraPlusOptions = LoraPlusOptions()
+    lori: LoriOptions = LoriOptions()
+    vera: VeraOptions = VeraOptions()
+    randlora: RandLoraOptions = RandLoraOptions()
+    adalora: AdaLoraOptions = AdaLoraOptions()
+    lora_ga: LoraGaOptions = LoraGaOptions()
+
+    @model_validator(mode="after")
+    def _options_belong_to_the_family(self) -> AdapterConfig:
+        for family in FAMILIES.keys() & type(self).model_fields.keys():
+            default = type(self).model_fields[family].default
+            if family != self.family and getattr(self, family) != default:
+                raise ValueError(
+                    f"options `{family}` may be set for family {family!r} only; got family="
+                    f"{self.family!r}. Remove them, or take that family."
+                )
+        if INITIALISATION.fullmatch(self.init_lora_weights) is None:
+            raise ValueError(
+                "`init_lora_weights` must be default, gaussian, orthogonal, olora, pissa or "
+                f"pissa_niter_N; got {self.init_lora_weights!r}."
+            )
+        if (self.family == "full") == bool(self.target_modules):
+            raise ValueError(
+                "`target_modules` name what an adapter is put on, and full fine-tuning has none; "
+                f"got family={self.family!r} and {list(self.target_modules)}. "
+                + ("Remove them." if self.target_modules else "Name some, e.g. 'q_proj'.")
+            )
+        return self
+
+    def seeded(self, seed: int) -> AdapterConfig:
+        """With ``projection_seed`` settled, as a trial of that seed uses it."""
+        if self.projection_seed is not None:
+            return self
+        return self.model_copy(update={"projection_seed": seed})
+
+    @property
+    def display_name(self) -> str:
+        """The family's name in reports, with what makes it another method."""
+        name = FAMILIES[self.family]
+        if self.family == "lori":
+            name += "-D" if self.lori.mask_after is None else "-S"
+        return name
+
+    @property
+    def details(self) -> list[str]:
+        """Options that differ from the family's defaults, in words, for a system's name."""
+        details = [] if self.init_lora_weights == "default" else [self.init_lora_weights]
+        own: Any = getattr(self, self.family, None)
+        if own is not None:
+            defaults = type(own)()
+            for name in type(own).model_fields:
+                value = getattr(own, name)
+                if value != getattr(defaults, name) and name != "mask_after":
+                    details.append(f"{name} {value}")
+        return details
