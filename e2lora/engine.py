@@ -64,9 +64,11 @@ def learning_rate_factor(training: TrainConfig, step: int) -> float:
     return 1.0
 
 
-def peak_learning_rate(name: str, adapter: AdapterConfig, training: TrainConfig) -> float:
-    """Of a parameter by its name, before the schedule."""
-    if is_head(name):
+def peak_learning_rate(
+    name: str, model: Any, adapter: AdapterConfig, training: TrainConfig
+) -> float:
+    """Of a model's parameter by its name, before the schedule."""
+    if is_head(name, model):
         return training.head_learning_rate or training.learning_rate
     family = FAMILIES[adapter.family]
     return training.learning_rate * family.learning_rate_ratio(name, adapter)
@@ -80,7 +82,7 @@ class Engine(Handle):
         self.parameters = trainable_parameters(model)
         by_rate: dict[float, list[Tensor]] = {}
         for name, parameter in self.parameters.items():
-            peak = peak_learning_rate(name, adapter, training)
+            peak = peak_learning_rate(name, model, adapter, training)
             by_rate.setdefault(peak, []).append(parameter)
         groups = [{"params": p, "lr": peak, "peak": peak} for peak, p in by_rate.items()]
         optimizer = torch.optim.AdamW(groups, weight_decay=training.weight_decay)
@@ -145,10 +147,12 @@ class Engine(Handle):
                 full = safe_get_full_fp32_param(parameter)
                 state = {k: safe_get_full_optimizer_state(parameter, k) for k in ADAM_STATE}
             else:
-                full, state = parameter.detach(), self._adam.state[parameter]
+                full, none = parameter.detach(), torch.zeros_like(parameter)
+                # a weight that the loss doesn't reach has no moments
+                state = {k: self._adam.state[parameter].get(k, none) for k in ADAM_STATE}
             tensors[f"parameter/{name}"] = full
             tensors |= {f"{key}/{name}": state[key] for key in ADAM_STATE}
-        tensors["adam_steps"] = next(iter(self._adam.state.values()))["step"]
+        tensors["adam_steps"] = next(s["step"] for s in self._adam.state.values() if s)
         return {key: value.detach().float().cpu().clone() for key, value in tensors.items()}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:

@@ -42,6 +42,17 @@ def load_base(
     Raises:
         FileNotFoundError, OSError, ValueError: no such model, no weights, or unusable overrides.
     """
+    model, head = load_model(config, auto_class, num_labels, dtype)
+    tokenizer = load_tokenizer(config, model.config)
+    if getattr(model.config, "pad_token_id", None) is None:  # GPT-2 has none, and asks for one
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return Base(model, tokenizer, head, weights_fingerprint(model, skip=head))
+
+
+def load_model(
+    config: ModelConfig, auto_class: Any, num_labels: int | None, dtype: torch.dtype
+) -> tuple[Any, tuple[str, ...]]:
+    """The frozen model of :func:`load_base` alone, and its freshly initialised head."""
     location = require_weights(config)
     model_config = _model_config(config, num_labels)
     try:
@@ -61,11 +72,7 @@ def load_base(
             f"{type(error).__name__}: {error}. Take another copy of its files."
         ) from error
     model.requires_grad_(False)
-    head = _head_modules(model, info["missing_keys"])
-    tokenizer = load_tokenizer(config, model.config)
-    if getattr(model.config, "pad_token_id", None) is None:  # GPT-2 has none, and asks for one
-        model.config.pad_token_id = tokenizer.pad_token_id
-    return Base(model, tokenizer, head, weights_fingerprint(model, skip=head))
+    return model, _head_modules(model, info["missing_keys"])
 
 
 def load_structure(config: ModelConfig, auto_class: Any, num_labels: int | None) -> nn.Module:
@@ -203,6 +210,36 @@ def in_float32(model: nn.Module) -> Iterator[None]:
             parameter.data = parameter.data.to(dtype)
 
 
+def own_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and what else a checkpoint holds: quantised weights lie in buffers.
+
+    Of a model with adapters these are the weights below them, by their names in the bare model.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    wrapped, kept = wrapped_modules(inner), inner.state_dict().keys()
+    buffers = ((name, buffer) for name, buffer in inner.named_buffers() if name in kept)
+    for name, tensor in chain(inner.named_parameters(), buffers):
+        bare = []
+        for depth, part in enumerate(parts := name.split(".")):
+            below = wrapped.get(".".join(parts[:depth]))
+            if below is None:
+                bare.append(part)
+            elif part != below:
+                break
+        else:
+            yield ".".join(bare), tensor
+
+
+def wrapped_modules(model: nn.Module) -> dict[str, str]:
+    """Path of each module that PEFT put around one of the model → the name of that one in it."""
+    return {
+        path: below
+        for path, module in model.named_modules()
+        for below in ("base_layer", "original_module")
+        if below in dict(module.named_children())
+    }
+
+
 FINGERPRINT_CHUNK = 2**20
 FINGERPRINT_FACTOR = 0x1E3779B97F4A7C15  # odd, so that no bit of a product is lost
 
@@ -210,16 +247,13 @@ FINGERPRINT_FACTOR = 0x1E3779B97F4A7C15  # odd, so that no bit of a product is l
 def weights_fingerprint(model: nn.Module, skip: Sequence[str] = ()) -> str:
     """Sixteen hex digits of all weights' names, shapes and bits, those of ``skip`` left out.
 
-    Weights are the parameters and what else a checkpoint holds: quantised ones lie in buffers. The
-    bits enter by chunks, as a sum of words with a factor of its own for each place, on the device
-    where they lie: any changed, swapped or moved weight shows.
+    The bits enter by chunks, as a sum of words with a factor of its own for each place, on the
+    device where they lie: any changed, swapped or moved weight shows.
     """
     digest = hashlib.sha256()
     words = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    kept = model.state_dict().keys()
-    buffers = ((name, buffer) for name, buffer in model.named_buffers() if name in kept)
     factors: dict[torch.device, torch.Tensor] = {}
-    for name, tensor in chain(model.named_parameters(), buffers):
+    for name, tensor in own_weights(model):
         if any(name == module or name.startswith(f"{module}.") for module in skip):
             continue
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())

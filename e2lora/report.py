@@ -183,7 +183,7 @@ def _pictures(folder: StudyFolder, section: Section, suffix: str) -> list[Path]:
     plan = trial.plan() if trial and trial.plan_file.exists() else None
     if best and plan:
         files.append(folder.report / f"plans{suffix}.png")
-        draw_ranks(files[-1], {"": plan}, f"{best.system} r={best.r} (trial {best.number})")
+        draw_ranks(files[-1], {"": plan}, f"{best.config.label} (trial {best.number})")
     profile = _profile_of(folder, section, plan.profile_fingerprint if plan else None)
     if profile:
         files.append(folder.report / f"similarity{suffix}.png")

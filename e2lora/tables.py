@@ -25,7 +25,7 @@ def _rows(section: Section) -> Iterable[list[str]]:
         yield [
             "*" if t.number in section.front else "",
             t.system,
-            str(t.r),
+            "–" if t.config.adapter.family == "full" else str(t.r),
             f"{t.config.training.learning_rate:.2g}",
             f"{t.parameters:,}",
             f"{t.value:.4f}{interval}",
@@ -43,7 +43,7 @@ def _footnotes(section: Section) -> Iterable[str]:
         yield f"majority baseline: {section.baseline:.4f}"
     for t in section.unscored:
         error = " ".join(t.error.split())
-        yield f"not scored: trial {t.number}, {t.config.system} r={t.config.plan.r}: {error}"
+        yield f"not scored: trial {t.number}, {t.config.label}: {error}"
 
 
 RIGHT_ALIGNED = {"r", "learning rate", "parameters", "time", "trial"}

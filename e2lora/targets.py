@@ -15,11 +15,14 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from e2lora.models import wrapped_modules
 from e2lora.moments import Target
 
 
 def find_targets(model: nn.Module, target_modules: Sequence[str]) -> tuple[Target, ...]:
     """Every linear module in a numbered layer whose path ends in one of ``target_modules``.
+
+    Those of a PEFT model are found below its adapters, by their paths in the bare model.
 
     Raises:
         ValueError: a name that matches nothing; the message lists what could be named.
@@ -113,13 +116,27 @@ def _is_one_matrix(module: nn.Module) -> bool:
     return len(needed) <= 1
 
 
-def _linears_in_layers(model: nn.Module) -> Iterator[Target]:
-    for path, module in model.named_modules():
+def _modules(model: Any) -> Iterator[tuple[str, nn.Module]]:
+    """By path; of a PEFT model those below its layers, as in the bare model."""
+    if not hasattr(model, "get_base_model"):
+        yield from model.named_modules()
+        return
+    inner = model.get_base_model()
+    wrapped = wrapped_modules(inner)
+    for path, module in inner.named_modules():
+        parts = path.split(".")
+        if not any(".".join(parts[:depth]) in wrapped for depth in range(1, len(parts))):
+            yield path, getattr(module, wrapped[path]) if path in wrapped else module
+
+
+def _linears_in_layers(model: Any) -> Iterator[Target]:
+    inner: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for path, module in _modules(model):
         shape = linear_shape(module)
         if shape is None:
             continue
         parts = path.split(".")
-        parents = [model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts))]
+        parents = [inner.get_submodule(".".join(parts[:depth])) for depth in range(len(parts))]
         if isinstance(parents[-1], nn.MultiheadAttention):
             continue  # which reads the weight of its projection and never calls it
         numbered = (

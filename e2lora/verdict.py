@@ -200,7 +200,7 @@ def _front_lines(section: Section) -> Iterable[str]:
     front = sorted(
         (t for t in section.trials if t.number in section.front), key=lambda t: t.parameters
     )
-    names = ", ".join(f"{t.system} r={t.r} ({t.parameters:,}: {t.value:.4f})" for t in front)
+    names = ", ".join(f"{t.config.label} ({t.parameters:,}: {t.value:.4f})" for t in front)
     better = "higher" if section.metric.direction == "maximize" else "lower"
     yield (
         f"Not dominated in {section.metric.name} ({better} is better) and adapter parameters, "

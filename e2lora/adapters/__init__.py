@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from e2lora.adapters.family import DEFAULT_NAME, Family, Request
+from e2lora.adapters.full import Full, FullyTrained
 from e2lora.adapters.lora import Dora, Lora, LoraFa, LoraPlus
 from e2lora.adapters.lori import Lori
-from e2lora.config import AdapterConfig, TrialConfig
+from e2lora.config import AdapterConfig, PlanConfig, TrialConfig, system_name
+from e2lora.models import weights_fingerprint
 from e2lora.plan import SharingPlan, require_plan_fits
 from e2lora.targets import find_targets
 
 FAMILIES: dict[str, Family] = {
-    family.key: family for family in (Lora(), Dora(), LoraPlus(), LoraFa(), Lori())
+    family.key: family for family in (Lora(), Dora(), LoraPlus(), LoraFa(), Lori(), Full())
 }
 
 
@@ -41,23 +44,85 @@ def adapt(
         initial: in their place, what another adapter of the same trial started from.
 
     Raises:
-        ValueError: the plan doesn't fit the model, or the family can't do what it asks.
+        ValueError: the plan doesn't fit the model, the family can't do what it asks, or the PEFT
+            model can't take another adapter.
     """
     config = config or AdapterConfig(target_modules=tuple(t.path for t in plan.targets))
     family = FAMILIES[config.family]
     family.require_suits(plan.options, config)
     family.require_fits(plan, config)
+    if hasattr(model, "get_base_model"):
+        _require_room(model, adapter_name, config)
     require_plan_fits(plan, find_targets(model, config.target_modules))
+    touched = weights_fingerprint(model, skip=head) if family.touches_base(config) else None
     request = Request(plan, config, head, adapter_name, gradients, initial)
     adapted = family.build(model, request)
     counted = count_parameters(adapted)[0]
     expected = count_adapter_parameters(plan, config)
-    assert counted == expected, f"adapter has {counted} parameters, its plan {expected}"
+    assert expected in (None, counted), f"adapter has {counted} parameters, its plan {expected}"
+    _keeper(adapted, adapter_name).e2lora = Origin(plan, config, tuple(head), touched)
     return adapted
 
 
-def count_adapter_parameters(plan: SharingPlan, config: AdapterConfig) -> int:
-    """Trainable adapter parameters, each shared tensor once; a head is not counted."""
+@dataclass(frozen=True)
+class Origin:
+    """What an adapter in a model was made from; kept where PEFT keeps its configuration.
+
+    ``base_fingerprint`` is that of the weights before, where the adapter touches them; else None.
+    """
+
+    plan: SharingPlan
+    config: AdapterConfig
+    head: tuple[str, ...]
+    base_fingerprint: str | None
+
+
+def origin_of(model: Any, adapter_name: str = DEFAULT_NAME) -> Origin:
+    """What :func:`adapt` made this adapter from.
+
+    Raises:
+        ValueError: no such adapter, or one that was made in another way.
+    """
+    names = list(getattr(model, "peft_config", [DEFAULT_NAME]))
+    origin = getattr(_keeper(model, adapter_name), "e2lora", None) if adapter_name in names else None
+    if not isinstance(origin, Origin):
+        raise ValueError(
+            f"an adapter must be one that `adapt` or `load` of e2lora put in; {adapter_name!r} is "
+            f"none (this model has {names}). Name another, or use the model's `save_pretrained`."
+        )
+    return origin
+
+
+def _keeper(model: Any, adapter_name: str) -> Any:
+    return model if isinstance(model, FullyTrained) else model.peft_config[adapter_name]
+
+
+def _require_room(model: Any, adapter_name: str, config: AdapterConfig) -> None:
+    """Whether a model with adapters can take one more."""
+    if isinstance(model, FullyTrained):
+        raise ValueError(
+            "a fully trained model takes no adapter beside: it has no base weights any more. Load "
+            "the base model anew, or adapt what `unload` returns."
+        )
+    if adapter_name in model.peft_config:
+        raise ValueError(
+            f"each adapter of a model has a name of its own; this one has {adapter_name!r} already. "
+            "Give another `adapter_name`, or `delete_adapter` the old one first."
+        )
+    others = [getattr(kept, "e2lora", None) for kept in model.peft_config.values()]
+    for c in [config, *(other.config for other in others if other)]:
+        if FAMILIES[c.family].touches_base(c):
+            raise ValueError(
+                "adapters of one model share its base weights, so none of them may change these; "
+                f"{system_name(PlanConfig(), c)} does. Give it a model of its own."
+            )
+
+
+def count_adapter_parameters(plan: SharingPlan, config: AdapterConfig) -> int | None:
+    """Trainable adapter parameters, each shared tensor once; a head is not counted.
+
+    None for full fine-tuning: all that the model has.
+    """
     return FAMILIES[config.family].count(plan, config)
 
 
@@ -74,18 +139,20 @@ def require_possible_trial(config: TrialConfig) -> None:
 
 def count_parameters(model: Any) -> tuple[int, int]:
     """Trainable (adapter, head) parameters, each shared tensor once."""
-    adapter = head = 0
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            if is_head(name):
-                head += parameter.numel()
-            else:
-                adapter += parameter.numel()
-    return adapter, head
+    parts = {False: 0, True: 0}
+    for name, parameter in trainable_parameters(model).items():
+        parts[is_head(name, model)] += parameter.numel()
+    return parts[False], parts[True]
 
 
-def is_head(parameter_name: str) -> bool:
-    """Whether a trainable parameter of an adapted model belongs to its head."""
+def is_head(parameter_name: str, model: Any = None) -> bool:
+    """Whether a trainable parameter of an adapted model belongs to its head.
+
+    Args:
+        model: needed where it may be fully trained; PEFT says it in the parameter's name.
+    """
+    if isinstance(model, FullyTrained):
+        return any(parameter_name.startswith(f"model.{module}.") for module in model.head)
     return ".modules_to_save." in parameter_name
 
 

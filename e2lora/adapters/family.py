@@ -171,8 +171,11 @@ class Family:
                 f"Use zero_stage in {list(self.zero_stages)}."
             )
 
-    def count(self, plan: SharingPlan, config: AdapterConfig) -> int:
-        """Trainable parameters, each shared tensor once; a head is not counted."""
+    def count(self, plan: SharingPlan, config: AdapterConfig) -> int | None:
+        """Trainable parameters, each shared tensor once; a head is not counted.
+
+        None: all that the model has, which no plan tells.
+        """
         raise NotImplementedError
 
     def build(self, model: Any, request: Request) -> Any:

@@ -163,6 +163,11 @@ class TrialConfig(Frozen):
         """The sharing system by its name in reports."""
         return system_name(self.plan, self.adapter)
 
+    @property
+    def label(self) -> str:
+        """The system with its base rank; full fine-tuning has none."""
+        return self.system if self.adapter.family == "full" else f"{self.system} r={self.plan.r}"
+
 
 def system_name(plan: PlanConfig, adapter: AdapterConfig) -> str:
     """The name of a sharing system, as the field and the reports use it.

@@ -105,7 +105,8 @@ class AdapterConfig(Frozen):
 
     family: Family = "lora"
     target_modules: tuple[str, ...] = Field(
-        description="names of linear modules inside a layer, e.g. 'query'; none for `full`"
+        default=(),
+        description="names of linear modules inside a layer, e.g. 'query'; none for `full`",
     )
     a_scope: Scope = "interval"
     b_scope: Scope = "interval"

@@ -17,7 +17,6 @@ from optuna.trial import FrozenTrial, TrialState
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
-from e2lora.adapters import count_adapter_parameters
 from e2lora.config import Study, TrialConfig, in_one_paragraph
 from e2lora.pool import JobFailed, Pool
 from e2lora.records import StudyFolder, TrialResult, write_json
@@ -139,7 +138,7 @@ class LedgerSearch(OptunaSearch):
             "broker": self._pool.broker_name,
             "system": config.system,
             "r": config.plan.r,
-            "adapter_parameters": count_adapter_parameters(plan, config.adapter),
+            "adapter_parameters": self._plans.count(config, plan),
         }
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:

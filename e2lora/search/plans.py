@@ -13,6 +13,7 @@ from typing import Any
 
 import optuna
 
+from e2lora.adapters import FAMILIES, count_adapter_parameters, require_possible_trial
 from e2lora.broker import Job
 from e2lora.cluster import require_fits
 from e2lora.config import (
@@ -44,11 +45,14 @@ class Plans:
 
     def targets(self, config: TrialConfig) -> tuple[Target, ...]:
         """What the trial adapts; raises what loading the data or the model's structure does."""
+        return find_targets(self._structure(config), config.adapter.target_modules)
+
+    def _structure(self, config: TrialConfig) -> Any:
         task = self._task(config)
         key = fingerprint_of([config.model.fingerprint(), config.task.fingerprint()])
         if key not in self._structures:
             self._structures[key] = load_structure(config.model, task.auto_class, task.num_labels)
-        return find_targets(self._structures[key], config.adapter.target_modules)
+        return self._structures[key]
 
     def _task(self, config: TrialConfig) -> Task:
         key = config.task.fingerprint()
@@ -75,6 +79,7 @@ class Plans:
                 config.plan.calibration.num_samples,
                 config.seed,
             )
+        require_possible_trial(config)
         require_possible(self.targets(config), config.plan)
 
     def measure_profiles(self, configs: Iterable[TrialConfig], pool: Pool) -> None:
@@ -92,9 +97,17 @@ class Plans:
 
     def plan_for(self, config: TrialConfig, pool: Pool) -> SharingPlan:
         """The plan, after measuring the profile on a group if it isn't there yet."""
-        if not config.plan.needs_profile:
-            return build_plan(self.targets(config), config.plan)
-        return build_plan(self.targets(config), config.plan, self._profile(config, pool))
+        profile = self._profile(config, pool) if config.plan.needs_profile else None
+        plan = build_plan(self.targets(config), config.plan, profile)
+        FAMILIES[config.adapter.family].require_fits(plan, config.adapter)
+        return plan
+
+    def count(self, config: TrialConfig, plan: SharingPlan) -> int:
+        """Trainable adapter parameters; of full fine-tuning all, what may be a head among them."""
+        counted = count_adapter_parameters(plan, config.adapter)
+        if counted is not None:
+            return counted
+        return sum(parameter.numel() for parameter in self._structure(config).parameters())
 
     def _profile(self, config: TrialConfig, pool: Pool) -> GradientProfile:
         file = self.profile_file(config)
