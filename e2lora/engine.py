@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -74,6 +75,19 @@ def peak_learning_rate(
     return training.learning_rate * family.learning_rate_ratio(name, adapter)
 
 
+def adapter_buffers(model: Any) -> Iterator[Tensor]:
+    """Frozen projections and the like, in PEFT's layers beside the base's own.
+
+    In bf16 DeepSpeed (0.19) casts parameters only: right for a model's buffers, such as rotary
+    frequencies, but what adapters multiply with their parameters must be of their type.
+    """
+    for layer in model.modules():
+        if hasattr(layer, "adapter_layer_names"):
+            for name, part in layer.named_children():
+                if name != "base_layer":
+                    yield from (b for b in part.buffers() if b.is_floating_point())
+
+
 class Engine(Handle):
     """``deepspeed.initialize`` around an adapted model, one per trial."""
 
@@ -92,6 +106,9 @@ class Engine(Handle):
             config=deepspeed_config(training),
             dist_init_required=False,
         )
+        if training.precision == "bf16":
+            for buffer in adapter_buffers(model):
+                buffer.data = buffer.data.bfloat16()
         self._adam = optimizer
 
     @property
@@ -116,12 +133,18 @@ class Engine(Handle):
     def gradient(self, name: str) -> Tensor:
         from deepspeed.utils import safe_get_full_grad
 
-        parameter = self.parameters[name]
-        partitioned = self._partitioned(parameter)
-        gradient = safe_get_full_grad(parameter) if partitioned else parameter.grad
+        gradient = safe_get_full_grad(self.parameters[name])
         if gradient is None:
             raise RuntimeError(f"{name} has no gradient after backward: does the loss reach it?")
-        return gradient.detach().float()
+        return gradient.detach().float().clone()
+
+    def value(self, name: str) -> Tensor:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        parameter = self.parameters[name]
+        partitioned = self._partitioned(parameter)
+        full = safe_get_full_fp32_param(parameter) if partitioned else parameter
+        return full.detach().float().clone()
 
     def assign(self, name: str, value: Tensor) -> None:
         from deepspeed.utils import safe_set_full_fp32_param

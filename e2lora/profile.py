@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 
 import e2lora
 from e2lora.config import CalibrationConfig, TrialConfig, fingerprint_of
 from e2lora.data import calibration_folds
 from e2lora.gradients import Microbatch, OnProgress, Probing, Round, measure_gradients
+from e2lora.gradients.whole import sum_gradients
 from e2lora.models import Base, in_float32, reset_head
 from e2lora.moments import GradientProfile, Provenance, Target
+from e2lora.plan import Group, SharingPlan
 from e2lora.profile_cache import ProfileCache
 from e2lora.targets import find_targets, fused_parts, layers_without
-from e2lora.tasks import Features, TrialData
+from e2lora.tasks import Features, Task, TrialData
 
 MATHS = (
     "data.py",
@@ -81,13 +84,11 @@ def _measure(
     rank, world = (dist.get_rank(group), dist.get_world_size(group)) if group else (0, 1)
     calibration, task = config.plan.calibration, data.task
     reset_head(base.model, base.head, config.seed)
-
-    def collate(rows: Sequence[Features]) -> dict[str, Any]:
-        batch = task.collate(rows, base.tokenizer)
-        return {key: value.to(base.model.device) for key, value in batch.items()}
-
     rounds = [
-        Round(numbers, tuple(Microbatch(collate(rows), counts) for rows, counts in microbatches))
+        Round(
+            numbers,
+            tuple(Microbatch(_collated(base, task, rows), counts) for rows, counts in microbatches),
+        )
         for numbers, microbatches in calibration_rounds(folds, calibration, rank, world)
     ]
     supervised = [task.num_supervised(rows) for rows in folds]
@@ -129,6 +130,52 @@ def _measure(
             versions=_versions(),
         ),
     )
+
+
+def measure_group_gradients(
+    base: Base,
+    data: TrialData,
+    config: TrialConfig,
+    plan: SharingPlan,
+    group: Any = None,
+    alive: Callable[[], None] = lambda: None,
+) -> dict[str, Tensor]:
+    """Each target's path → ∂(mean loss)/∂W (out × in), summed over the targets of its group.
+
+    On the rows that a profile of this trial is measured on, and in float32 as it is.
+
+    Args:
+        group: process group of all workers, or None for one. Each takes its share of the rows.
+        alive: called often, to show that the worker lives.
+    """
+    rank, world = (dist.get_rank(group), dist.get_world_size(group)) if group else (0, 1)
+    calibration, task = config.plan.calibration, data.task
+    folds = calibration_folds(
+        data.lengths, calibration.num_samples, calibration.num_folds, config.seed
+    )
+    rows = [data.train[i] for fold in folds for i in fold]
+    ((_, shares),) = calibration_rounds([rows], calibration, rank, world)
+    sharers: dict[Group, list[Target]] = {}
+    of_target = plan.group_of_target()
+    for target in plan.targets:
+        sharers.setdefault(of_target[target.path], []).append(target)
+    reset_head(base.model, base.head, config.seed)
+    with in_float32(base.model):
+        return sum_gradients(
+            base.model,
+            list(sharers.values()),
+            [_collated(base, task, share) for share, _ in shares],
+            task.loss_sum,
+            task.num_supervised(rows),
+            calibration.checkpointing,
+            group,
+            alive,
+        )
+
+
+def _collated(base: Base, task: Task, rows: Sequence[Features]) -> dict[str, Any]:
+    batch = task.collate(rows, base.tokenizer)
+    return {key: value.to(base.model.device) for key, value in batch.items()}
 
 
 Share = tuple[list[Features], tuple[int, ...]]

@@ -82,6 +82,8 @@ def linear_shape(module: nn.Module) -> Shape | None:
     quantised layers of other classes (GPTQ, AWQ, HQQ, AQLM, …), known by their sizes. None for
     anything else, as the layer of an adapter that is wrapped around a linear one.
     """
+    if hasattr(module, "base_layer"):  # PEFT's layer of RandLoRA is an nn.Linear all the same
+        return None
     if isinstance(module, nn.Linear):
         return Shape(module.in_features, module.out_features)
     if is_transposed(module):

@@ -25,6 +25,7 @@ from e2lora.engine import Engine
 from e2lora.evaluate import evaluate
 from e2lora.models import Base, reset_head
 from e2lora.plan import SharingPlan
+from e2lora.profile import measure_group_gradients
 from e2lora.records import Evaluation, TrialFolder
 from e2lora.tasks import TrialData
 
@@ -128,21 +129,41 @@ class _Run:
             self.engine.close()
         if self.rank == 0:
             save_adapter(
-                self.folder.adapter, self.adapted, self.base, self.plan, self.config.adapter
+                self.folder.adapter,
+                self.adapted,
+                self.base,
+                self.plan,
+                adapter,
+                self.config,
+                self.evaluations[-1],
             )
         return TrainedTrial(self.losses, self.evaluations, adapter_parameters, head_parameters)
 
     def _adapt(self, state: TrainState | None) -> None:
         """As at the trial's beginning, also where it goes on: its start is not drawn again."""
-        reset_head(self.base.model, self.base.head, self.config.seed)
-        torch.manual_seed(self.config.seed)
+        config, group = self.config, self.group
+        initial = _below("initial/", state.tensors) if state else None
+        gradients = None
+        if state is None and self.family.needs_gradients:
+            gradients = measure_group_gradients(
+                self.base, self.data, config, self.plan, group, self.reports.alive
+            )
+        reset_head(self.base.model, self.base.head, config.seed)
+        torch.manual_seed(config.seed)
+        one_start = group and state is None and self.family.touches_base(config.adapter)
+        if one_start and self.rank > 0:
+            initial = _told_by_first(None, group)
         self.adapted = adapt(
             self.base.model,
             self.plan,
-            self.config.adapter,
+            config.adapter,
             self.base.head,
-            initial=_below("initial/", state.tensors) if state else None,
+            gradients=gradients,
+            initial=initial,
         )
+        if one_start and self.rank == 0:  # singular vectors may differ between machines
+            first = self.family.initial(self.adapted, DEFAULT_NAME)
+            _told_by_first({name: tensor.cpu() for name, tensor in first.items()}, group)
 
     def _resume(self, state: TrainState) -> int:
         self.engine.restore(state.tensors)
@@ -240,6 +261,13 @@ class _Run:
                 step, self.identity, tensors, self.losses, self.evaluations, self.outcomes
             )
             save_checkpoint(self.folder.checkpoints, state)
+
+
+def _told_by_first(value: Any, group: Any) -> Any:
+    """The first worker's value, on every worker. Collective."""
+    box = [value]
+    dist.broadcast_object_list(box, src=dist.get_global_rank(group, 0), group=group)
+    return box[0]
 
 
 def _below(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

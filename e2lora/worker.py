@@ -20,8 +20,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from e2lora.adapters import FAMILIES
 from e2lora.broker import Attempt
-from e2lora.config import GroupSpec, TrialConfig
+from e2lora.config import AdapterConfig, GroupSpec, TrialConfig
 from e2lora.models import Base, load_base, weights_fingerprint
 from e2lora.profile import measure_profile
 from e2lora.profile_cache import ProfileCache
@@ -39,11 +40,12 @@ class Resident:
         self.dtype, self.device = dtype, device
         self._base_key: str | None = None
         self._base: Base | None = None
+        self._adapter: AdapterConfig | None = None
         self._data: dict[str, TrialData] = {}
 
     def load(self, config: TrialConfig) -> tuple[Base, TrialData]:
         """The base and the data of a trial, from memory where they are there already."""
-        key = config.model.fingerprint()
+        key, self._adapter = config.model.fingerprint(), config.adapter
         data_key = f"{config.task.fingerprint()}-{key}"
         task = self._data[data_key].task if data_key in self._data else load_task(config.task)
         base_key = f"{key}-{task.auto_class.__name__}-{task.num_labels}"
@@ -62,7 +64,10 @@ class Resident:
         """Between jobs the base must be as it was loaded; otherwise the next job loads it anew."""
         base = self._base
         if base and weights_fingerprint(base.model, skip=base.head) != base.fingerprint:
-            print("the base model changed during the last job: it is loaded again", flush=True)
+            adapter = self._adapter
+            meant = adapter and FAMILIES[adapter.family].touches_base(adapter)
+            why = "as its adapter must" if meant else "though it must not: please report it"
+            print(f"the last job changed the base model, {why}; it is loaded again", flush=True)
             self._base = self._base_key = None
 
 

@@ -17,11 +17,17 @@ from typing import Any
 import optuna
 import psutil
 import pytest
+import torch
 from mlflow.tracking import MlflowClient
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
+from e2lora.adapters import FAMILIES, count_parameters
+from e2lora.adapters.storage import load_adapter
+from e2lora.evaluate import evaluate
+from e2lora.models import load_base
 from e2lora.records import StudyFolder, TrialFolder
+from e2lora.tasks import load_task
 
 ROOT = Path(__file__).resolve().parents[1]
 NAME = "small"
@@ -210,6 +216,24 @@ def test_isolated_trials_give_the_same_numbers(undisturbed: Path, tmp_path: Path
     reference = StudyFolder(undisturbed / "results", NAME)
     for number in range(3):
         assert numbers_of(command.folder.trial(number)) == numbers_of(reference.trial(number))
+
+
+@pytest.mark.slow
+def test_study_over_every_family_completes_and_each_trial_can_be_loaded(tmp_path: Path) -> None:
+    """Families that change base weights among them: the next trial gets the base as it was."""
+    command = Command(tmp_path, space="tests.every_family")
+    assert command.wait(600) == 0, command.log.read_text()
+    require_whole(tmp_path, command.folder, len(FAMILIES))
+    for trial in command.folder.trial_folders():
+        config, result = trial.config(), trial.result()
+        assert result is not None
+        task = load_task(config.task)
+        base = load_base(config.model, task.auto_class, task.num_labels, torch.float32)
+        loaded = load_adapter(base.model, trial.adapter)
+        assert count_parameters(loaded) == (result.adapter_parameters, result.head_parameters)
+        rows = task.features("validation", base.tokenizer)
+        _, outcomes = evaluate(loaded, task, base.tokenizer, rows, 64)
+        assert outcomes == trial.outcomes(), config.system
 
 
 @pytest.fixture

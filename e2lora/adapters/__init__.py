@@ -8,17 +8,33 @@ from typing import Any
 
 from torch import Tensor
 
+from e2lora.adapters.adalora import AdaLora
 from e2lora.adapters.family import DEFAULT_NAME, Family, Request
 from e2lora.adapters.full import Full, FullyTrained
 from e2lora.adapters.lora import Dora, Lora, LoraFa, LoraPlus
+from e2lora.adapters.lora_ga import LoraGa
 from e2lora.adapters.lori import Lori
+from e2lora.adapters.randlora import RandLora
+from e2lora.adapters.vera import Vera
 from e2lora.config import AdapterConfig, PlanConfig, TrialConfig, system_name
 from e2lora.models import weights_fingerprint
 from e2lora.plan import SharingPlan, require_plan_fits
 from e2lora.targets import find_targets
 
 FAMILIES: dict[str, Family] = {
-    family.key: family for family in (Lora(), Dora(), LoraPlus(), LoraFa(), Lori(), Full())
+    family.key: family
+    for family in (
+        Lora(),
+        Dora(),
+        LoraPlus(),
+        LoraFa(),
+        Lori(),
+        LoraGa(),
+        Vera(),
+        RandLora(),
+        AdaLora(),
+        Full(),
+    )
 }
 
 
@@ -83,18 +99,20 @@ def origin_of(model: Any, adapter_name: str = DEFAULT_NAME) -> Origin:
     Raises:
         ValueError: no such adapter, or one that was made in another way.
     """
-    names = list(getattr(model, "peft_config", [DEFAULT_NAME]))
-    origin = getattr(_keeper(model, adapter_name), "e2lora", None) if adapter_name in names else None
+    keeper = _keeper(model, adapter_name)
+    origin = getattr(keeper, "e2lora", None)
     if not isinstance(origin, Origin):
         raise ValueError(
             f"an adapter must be one that `adapt` or `load` of e2lora put in; {adapter_name!r} is "
-            f"none (this model has {names}). Name another, or use the model's `save_pretrained`."
+            f"none. Name another, or use the model's `save_pretrained`."
         )
     return origin
 
 
 def _keeper(model: Any, adapter_name: str) -> Any:
-    return model if isinstance(model, FullyTrained) else model.peft_config[adapter_name]
+    if isinstance(model, FullyTrained):
+        return model
+    return getattr(model, "peft_config", {}).get(adapter_name)
 
 
 def _require_room(model: Any, adapter_name: str, config: AdapterConfig) -> None:
@@ -106,8 +124,8 @@ def _require_room(model: Any, adapter_name: str, config: AdapterConfig) -> None:
         )
     if adapter_name in model.peft_config:
         raise ValueError(
-            f"each adapter of a model has a name of its own; this one has {adapter_name!r} already. "
-            "Give another `adapter_name`, or `delete_adapter` the old one first."
+            f"each adapter of a model has a name of its own; {adapter_name!r} is taken. Give "
+            "another `adapter_name`, or `delete_adapter` the old one first."
         )
     others = [getattr(kept, "e2lora", None) for kept in model.peft_config.values()]
     for c in [config, *(other.config for other in others if other)]:

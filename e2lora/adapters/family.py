@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
@@ -54,7 +55,13 @@ class Handle:
     """
 
     def gradient(self, name: str) -> Tensor:
-        """Of a trainable parameter, of the whole batch; between backward and step."""
+        """Of a trainable parameter, of the whole batch, before clipping; between backward and
+        step.
+        """
+        raise NotImplementedError
+
+    def value(self, name: str) -> Tensor:
+        """A copy of a trainable parameter in float32: of its master, where it has one."""
         raise NotImplementedError
 
     def assign(self, name: str, value: Tensor) -> None:
@@ -191,14 +198,22 @@ class Family:
     ) -> Hooks:
         return Hooks()
 
-    def pack(self, tensors: dict[str, Tensor], config: AdapterConfig) -> dict[str, Tensor]:
-        """The trained tensors as they are stored, where that can be smaller than they are."""
+    def pack(self, tensors: dict[str, Tensor], adapted: Any, name: str) -> dict[str, Tensor]:
+        """The trained tensors of adapter ``name`` as they are stored: where that can be smaller
+        than they are, and with what else training goes on from.
+
+        A stored name is the parameter's in the base model, without the adapter's own.
+        """
         return tensors
 
     def unpack(
-        self, stored: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
+        self,
+        stored: Mapping[str, Tensor],
+        shapes: Mapping[str, tuple[int, ...]],
+        adapted: Any,
+        name: str,
     ) -> dict[str, Tensor]:
-        """The inverse of :meth:`pack`, for an adapter whose tensors have these shapes."""
+        """The inverse of :meth:`pack`: tensors of these shapes; the rest is put into ``adapted``."""
         return dict(stored)
 
     def factors(self, layer: Any, name: str) -> Factors:
@@ -262,3 +277,36 @@ def first_targets(plan: SharingPlan) -> dict[str, Target]:
         path: first.setdefault(group, by_path[path])
         for path, group in plan.group_of_target().items()
     }
+
+
+def share_first(layers: Mapping[str, Any], plan: SharingPlan, name: str) -> None:
+    """Give each of PEFT's layers the trained tensors that the first of its group has.
+
+    For layers that hold them as parameters, one per adapter in each of ``adapter_layer_names``.
+    """
+    for path, first in first_targets(plan).items():
+        for slot in layers[path].adapter_layer_names:
+            getattr(layers[path], slot)[name] = getattr(layers[first.path], slot)[name]
+
+
+def take_back_any_head(adapted: Any) -> None:
+    """Let ``unload`` and ``merge_and_unload`` work with a head of several layers.
+
+    PEFT's tuners other than LoRA's (0.21) ask each module that they put back for its ``weight``.
+    """
+    tuner = adapted.base_model
+    if not isinstance(tuner, _TakesBackAnyHead):
+        tuner.__class__ = _taking_back_any_head(tuner.__class__)
+
+
+class _TakesBackAnyHead:
+    def _replace_module(self, parent: Any, child_name: str, new_module: Any, child: Any) -> None:
+        if hasattr(new_module, "weight"):
+            super()._replace_module(parent, child_name, new_module, child)  # type: ignore[misc]
+        else:
+            setattr(parent, child_name, new_module)
+
+
+@cache
+def _taking_back_any_head(tuner_class: type) -> type:
+    return type(tuner_class.__name__, (_TakesBackAnyHead, tuner_class), {})

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -23,6 +24,7 @@ from e2lora.adapters.family import (
     inject,
     layers_of,
 )
+from e2lora.adapters.starting import Started, initial_tensors, start
 from e2lora.adapters.tensors import (
     FrozenLinear,
     PreconditionedLinear,
@@ -97,8 +99,19 @@ class Lora(Family):
 
     def build(self, model: Any, request: Request) -> Any:
         adapted = inject(model, request.plan, self.peft_config(model, request), request.name)
-        tie(adapted, request, freeze_a=not self.trains_a)
+        if self.touches_base(request.config):
+            start(adapted, request, partial(self.choose, request))
+        else:
+            tie(adapted, request, freeze_a=not self.trains_a)
         return adapted
+
+    def choose(self, request: Request, layer: Any, path: str) -> None:
+        """Set A and B of PEFT's layer from its weight; where that is to be changed by them."""
+        init = request.config.init_lora_weights
+        if init == "olora":
+            layer.olora_init(request.name)
+        else:
+            layer.pissa_init(request.name, init)
 
     def peft_config(self, model: Any, request: Request) -> Any:
         """PEFT's configuration of the same function, without the tying."""
@@ -107,25 +120,35 @@ class Lora(Family):
         return LoraConfig(**self.peft_options(model, request))
 
     def peft_options(self, model: Any, request: Request) -> dict[str, Any]:
-        init = request.config.init_lora_weights
+        init: str | bool = request.config.init_lora_weights
+        if init == "default":
+            init = True
         return {
             **common_options(model, request),
             **rank_options(request.plan),
             "lora_dropout": request.config.lora_dropout,
-            "init_lora_weights": True if init == "default" else init,
+            "init_lora_weights": False if self.touches_base(request.config) else init,
         }
+
+    def initial(self, adapted: Any, name: str) -> dict[str, Tensor]:
+        return initial_tensors(adapted, name)
 
     def frozen(self, adapted: Any, name: str) -> dict[str, Tensor]:
         if self.trains_a:
             return {}
         return {
-            path: module.weight
+            path.removesuffix(f".{name}"): module.weight
             for path, module in adapted.named_modules()
             if isinstance(module, FrozenLinear) and path.endswith(f".{name}")
         }
 
     def factors(self, layer: Any, name: str) -> Factors:
-        return Factors(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
+        """On the original base: of rank 2r where the adapter changed it."""
+        a, b = (
+            module.on_original if isinstance(module, Started) else module.weight
+            for module in (layer.lora_A[name], layer.lora_B[name])
+        )
+        return Factors(a, b, layer.scaling[name])
 
 
 class Dora(Lora):

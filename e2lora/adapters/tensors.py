@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -85,10 +86,57 @@ class FrozenLinear(nn.Module):
 
 
 def random_projection(r: int, in_features: int, seed: int) -> Tensor:
-    """A as LoRA initialises it (Kaiming uniform, a = √5), the same on every device."""
+    """A as LoRA initialises it (Kaiming uniform, a = √5), the same on every device.
+
+    Its values are such as bfloat16 can hold: they survive training in that type.
+    """
     generator = torch.Generator().manual_seed(seed)
     bound = 1.0 / math.sqrt(in_features)
-    return torch.empty(r, in_features).uniform_(-bound, bound, generator=generator)
+    a = torch.empty(r, in_features).uniform_(-bound, bound, generator=generator)
+    return a.bfloat16().float()
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """A mask as bytes, eight entries in each."""
+    return torch.from_numpy(np.packbits(mask.cpu().flatten().numpy()))
+
+
+def unpack_bits(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The inverse of :func:`pack_bits`: a mask of this shape."""
+    bits = np.unpackbits(packed.cpu().numpy(), count=math.prod(shape))
+    return torch.from_numpy(bits.astype(bool)).reshape(shape)
+
+
+class MaskedLinear(nn.Linear):
+    """B of LoRI-S: the gradient of masked entries is zero before anything sees it.
+
+    A mask of ones until one is set. Adam without moments and weight decay leave a zero where it is,
+    so entries that are zero when they are masked stay zero.
+    """
+
+    mask: Tensor
+
+    def __init__(self, b: nn.Linear) -> None:
+        super().__init__(b.in_features, b.out_features, bias=False, device="meta")
+        self.weight = b.weight
+        mask = torch.ones_like(b.weight, dtype=torch.bool)
+        self.register_buffer("mask", mask, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, _Masked.apply(self.weight, self.mask))
+
+
+class _Masked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, mask: Tensor) -> Tensor:
+        ctx.save_for_backward(mask)
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None]:
+        (gradient,) = gradients
+        (mask,) = ctx.saved_tensors
+        return gradient * mask, None
 
 
 class PreconditionedLinear(nn.Linear):

@@ -89,7 +89,7 @@ class AdaLoraOptions(Frozen):
 class LoraGaOptions(Frozen):
     """LoRA-GA (Wang et al., 2024): starts along the gradient's leading directions."""
 
-    direction: Literal["ArBr", "A2rBr", "ArB2r"] = "ArB2r"
+    direction: Literal["ArBr", "A2rBr", "ArB2r", "random"] = "ArB2r"
     scale: Literal["stable", "weight_svd", "gd_scale", "unit"] = "stable"
     stable_gamma: float = Field(default=16.0, gt=0)
 

@@ -1,0 +1,59 @@
+"""LoRA-GA (Wang et al., 2024): A and B start along the leading directions of the gradient.
+
+With ``G ≈ U S Vᵀ`` of rank 2r, A₀ takes r rows of Vᵀ and B₀ other r columns of U, so that the first
+step of training goes where full fine-tuning would, as far as rank 2r can. A group starts from the
+sum of its layers' gradients: that is the gradient of an update they all share.
+
+PEFT computes the pair. It scales B₀ by the singular values of G (the paper by neither), so B₀ is as
+small as the mean loss's gradient is, whatever ``scale``, except for ``weight_svd``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from e2lora.adapters.family import Request
+from e2lora.adapters.lora import Lora, shapes_and_groups
+from e2lora.config import AdapterConfig
+from e2lora.plan import SharingPlan
+
+
+class LoraGa(Lora):
+    """On an interval's summed gradient where layers share."""
+
+    key = "lora_ga"
+    initialisations = ("default",)
+    scopes = ("interval",)
+    needs_gradients = True
+    drift: ClassVar[float] = 1e-5  # in float32
+
+    def touches_base(self, config: AdapterConfig) -> bool:
+        return True
+
+    def require_fits(self, plan: SharingPlan, config: AdapterConfig) -> None:
+        for in_features, out_features, groups in shapes_and_groups(plan):
+            for group in groups:
+                if 2 * group.r > min(in_features, out_features):
+                    raise ValueError(
+                        "LoRA-GA starts from 2r directions of a gradient, so 2r must not exceed "
+                        f"min(in, out); {group.module_type} ({out_features} x {in_features}) has "
+                        f"r={group.r} in layers {list(group.layers)}. Lower r, or take it out of "
+                        "`target_modules`."
+                    )
+
+    def build(self, model: Any, request: Request) -> Any:
+        if request.gradients is None and request.initial is None:
+            raise ValueError(
+                "LoRA-GA starts from gradients, and none were given. Pass `gradients`, as "
+                "`e2lora.profile.measure_group_gradients` gives them, or load a saved adapter."
+            )
+        return super().build(model, request)
+
+    def choose(self, request: Request, layer: Any, path: str) -> None:
+        from peft import LoraGAConfig
+
+        assert request.gradients is not None
+        base = layer.get_base_layer()
+        gradient = request.gradients[path].to(base.weight.device)
+        base._peft_loraga_grad = gradient  # where PEFT looks for it, and takes it away
+        layer.lora_ga_init(request.name, LoraGAConfig(**request.config.lora_ga.model_dump()))

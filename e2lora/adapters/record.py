@@ -1,0 +1,220 @@
+"""What stands beside an adapter's weights: the record for programs, the card for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from e2lora.config import AdapterConfig, Frozen, ModelConfig, TrialConfig, system_name
+from e2lora.plan import Group, SharingPlan
+from e2lora.records import Evaluation
+
+VERSION: Literal[2] = 2
+
+
+class BaseRecord(Frozen):
+    """What is needed to load the base model again."""
+
+    weights_fingerprint: str
+    model: ModelConfig | None = Field(description="None: a model that has no name")
+    architecture: str = Field(description="its class in transformers")
+    num_labels: int | None = Field(description="of a classifier")
+    dtype: str = Field(description="in which the fingerprint was taken, e.g. bfloat16")
+
+
+class AdapterRecord(Frozen):
+    """``e2lora.json``: what the weights belong to."""
+
+    version: Literal[2] = VERSION
+    base: BaseRecord
+    adapter: AdapterConfig
+    head: tuple[str, ...]
+    frozen_fingerprint: str = ""
+
+
+def adapter_card(
+    record: AdapterRecord,
+    plan: SharingPlan,
+    adapter_parameters: int,
+    head_parameters: int,
+    trial: TrialConfig | None = None,
+    evaluation: Evaluation | None = None,
+) -> str:
+    """Markdown, with the header that the Hugging Face hub reads.
+
+    Args:
+        trial: that trained it; None: unknown, and so are task, seeds and metrics.
+        evaluation: the last one.
+    """
+    base, adapter = record.base, record.adapter
+    system = system_name(plan.options, adapter)
+    name = base.model.name if base.model else base.architecture
+    full = adapter.family == "full"
+    rows = [
+        ("base model", _base_in_words(base)),
+        ("system", system if full else f"{system}, r = {plan.options.r}"),
+        ("family", adapter.display_name),
+        ("trained parameters", f"{adapter_parameters:,}{_of_lora(adapter_parameters, plan)}"),
+    ]
+    if record.head:
+        rows.append(("head", f"{', '.join(record.head)}: {head_parameters:,} parameters"))
+    if trial:
+        rows += [("task", _in_words(trial.task)), ("training", _in_words(trial.training))]
+    if evaluation:
+        metrics = ", ".join(f"{key} {value:.4g}" for key, value in evaluation.metrics.items())
+        rows.append((f"at step {evaluation.step}", metrics))
+    if seeds := _seeds(record, plan, trial):
+        rows.append(("seeds", ", ".join(f"{seed} ({of})" for of, seed in seeds.items())))
+    sections = [
+        _header(base),
+        f"# {system} for {name}",
+        _table(("", ""), rows),
+        *([] if full else ["## Plan", _plan_in_words(plan), _plan_table(plan)]),
+        "## Loading",
+        f"```python\n{loading_lines(base)}```",
+        "Run from this folder, or name it in the last line. Only safetensors and JSON are read. "
+        "e2lora's `jobs/export.py` makes of this folder what PEFT, vLLM, llama.cpp or transformers "
+        "load without e2lora.",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def export_card(record: AdapterRecord, plan: SharingPlan, form: str) -> str:
+    """Markdown for an export: what it is, and how it is loaded without this project."""
+    system = system_name(plan.options, record.adapter)
+    what = {
+        "peft": "A PEFT adapter, every layer with tensors of its own.",
+        "portable": "A plain LoRA adapter of one rank, its scale folded into B.",
+        "merged": "A model with the adapter merged into its weights.",
+    }[form]
+    base = record.base
+    if form == "merged":
+        last = f'model = {base.architecture}.from_pretrained(".", dtype=torch.{base.dtype})'
+        lines = ["import torch", f"from transformers import {base.architecture}", "", last]
+        code = "\n".join(lines) + "\n"
+    else:
+        code = loading_lines(base, "from peft import PeftModel", "PeftModel.from_pretrained")
+    sections = [
+        _header(base),
+        f"# {system}, r = {plan.options.r}, {form}",
+        f"{what} Base model: {_base_in_words(base)}.",
+        f"```python\n{code}```",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def loading_lines(
+    base: BaseRecord, imports: str = "import e2lora", function: str = "e2lora.load"
+) -> str:
+    """Python that loads the base and the adapter on it."""
+    model = base.model or ModelConfig(name="BASE_MODEL")
+    is_asset = model.name.startswith("demo:")
+    options: dict[str, Any] = {} if model.revision is None else {"revision": model.revision}
+    if base.num_labels is not None:
+        options["num_labels"] = base.num_labels
+    written = [f'resolve("{model.name}")' if is_asset else f'"{model.name}"']
+    options |= model.config_overrides
+    written += [f"{key}={_literal(value)}" for key, value in options.items()]
+    written.append(f"dtype=torch.{base.dtype}")
+    lines = [
+        "import torch",
+        f"from transformers import {base.architecture}",
+        "",
+        imports,
+        *(["from e2lora.assets import resolve"] if is_asset else []),
+        "",
+        f"base = {base.architecture}.from_pretrained(",
+        *(f"    {argument}," for argument in written),
+        ")",
+        f'model = {function}(base, ".")',
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _literal(value: Any) -> str:
+    return f'"{value}"' if isinstance(value, str) else repr(value)
+
+
+def _header(base: BaseRecord) -> str:
+    """YAML; the base is named where it is one that the hub may have."""
+    name = base.model.name if base.model else ""
+    on_hub = name and not name.startswith("demo:") and not Path(name).exists()
+    lines = [f"base_model: {name}"] if on_hub else []
+    return "\n".join(["---", *lines, "library_name: peft", "tags:", "- e2lora", "---"])
+
+
+def _base_in_words(base: BaseRecord) -> str:
+    named = "" if base.model is None else base.model.name
+    if base.model and base.model.revision:
+        named += f" at {base.model.revision}"
+    kind = f"{base.architecture}, {base.dtype}, weights {base.weights_fingerprint}"
+    return f"{named} ({kind})" if named else kind
+
+
+def _of_lora(count: int, plan: SharingPlan) -> str:
+    if not plan.lora_parameters:
+        return ""
+    return f", {count / plan.lora_parameters:.0%} of LoRA's {plan.lora_parameters:,}"
+
+
+def _in_words(options: Frozen) -> str:
+    """What differs from the defaults."""
+    told = options.model_dump(mode="json", exclude_defaults=True)
+    return ", ".join([*([options.kind] if hasattr(options, "kind") else []), *_pairs(told)])
+
+
+def _pairs(options: dict[str, Any]) -> list[str]:
+    return [f"{key} {value}" for key, value in options.items() if key != "kind"]
+
+
+def _seeds(record: AdapterRecord, plan: SharingPlan, trial: TrialConfig | None) -> dict[str, int]:
+    seeds = {} if trial is None else {"trial": trial.seed}
+    if record.frozen_fingerprint:
+        seeds["projections"] = record.adapter.projection_seed or 0
+    if plan.measured_on:
+        seeds["gradient profile"] = plan.measured_on.seed
+    return seeds
+
+
+def _plan_in_words(plan: SharingPlan) -> str:
+    chosen = ", ".join(_pairs(plan.options.model_dump(mode="json", exclude_defaults=True)))
+    words = f"Layers of a group share one adapter of rank r; {chosen or 'default options'}."
+    if plan.budgets:
+        spent, available = (
+            sum(getattr(b, k) for b in plan.budgets) for k in ("spent", "available")
+        )
+        words += f" Of the budget of {available:,} units of rank {spent:,} are spent."
+    return words
+
+
+def _plan_table(plan: SharingPlan) -> str:
+    rows = [
+        (
+            f"`{module_type}`",
+            str(len(groups)),
+            " ".join(layers_in_words(group) for group in groups),
+            " ".join(str(group.r) for group in groups),
+        )
+        for module_type in plan.module_types
+        for groups in [plan.groups_of(module_type)]
+    ]
+    return _table(("module type", "groups", "layers", "ranks"), rows)
+
+
+def layers_in_words(group: Group) -> str:
+    """
+    >>> layers_in_words(Group(module_type="q", layers=(0, 1, 2), r=1, lora_alpha=1.0))
+    '0-2'
+    """
+    first, last = group.layers[0], group.layers[-1]
+    if len(group.layers) > 1 and group.layers == tuple(range(first, last + 1)):
+        return f"{first}-{last}"
+    return ",".join(map(str, group.layers))
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
