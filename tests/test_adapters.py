@@ -73,6 +73,14 @@ def test_classifier_that_the_checkpoint_brought_is_not_trained_and_not_changed()
     assert weights_fingerprint(base.model) == whole
 
 
+def test_fresh_modules_inside_the_trunk_are_trained_in_full_too() -> None:
+    """PEFT by itself thinks of the classifier alone."""
+    base, config = make_base("bert"), adapter_config("bert")
+    head = ("bert.pooler.dense", "classifier")
+    model = adapt(base.model, plain_plan(base, config), config, head)
+    assert count_parameters(model)[1] == (32 * 32 + 32) + (3 * 32 + 3)
+
+
 @pytest.mark.parametrize("kind", ["bert", "gpt2"])
 def test_adapting_tells_peft_how_weights_lie(kind: str, tmp_path: Path) -> None:
     """Else PEFT warns that it corrects it."""

@@ -144,6 +144,23 @@ def count_adapter_parameters(plan: SharingPlan, config: AdapterConfig) -> int | 
     return FAMILIES[config.family].count(plan, config)
 
 
+def counts_by_system(plan: SharingPlan) -> dict[str, int]:
+    """Trainable parameters of the systems that this plan can be used for, by their names."""
+    counts = {}
+    lora = AdapterConfig(target_modules=tuple(t.path for t in plan.targets))
+    adapters = [{"family": "lora", "a_scope": "type"}, *({"family": key} for key in FAMILIES)]
+    for config in (lora.model_copy(update=adapter) for adapter in adapters):
+        family = FAMILIES[config.family]
+        try:
+            family.require_suits(plan.options, config)
+            family.require_fits(plan, config)
+        except ValueError:
+            continue
+        if (count := family.count(plan, config)) is not None:
+            counts[system_name(plan.options, config)] = count
+    return counts
+
+
 def require_possible_trial(config: TrialConfig) -> None:
     """Refuse what the trial's family can't do, before anything is loaded.
 

@@ -213,7 +213,7 @@ class Family:
         adapted: Any,
         name: str,
     ) -> dict[str, Tensor]:
-        """The inverse of :meth:`pack`: tensors of these shapes; the rest is put into ``adapted``."""
+        """The inverse of :meth:`pack`: tensors of these shapes. The rest goes into ``adapted``."""
         return dict(stored)
 
     def factors(self, layer: Any, name: str) -> Factors:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping, Sequence
 
+from e2lora.adapters import counts_by_system
 from e2lora.figures import short_names
 from e2lora.moments import GradientProfile
 from e2lora.plan import Group, SharingPlan
@@ -66,6 +67,8 @@ def describe_plan(title: str, plan: SharingPlan) -> str:
     head = ["module type", "groups", "layers", "ranks", "parameters", "of LoRA", "unspent"]
     lines = [f"{title}, r={plan.options.r}", text_table(head, [*rows, total], right=(1, 4, 5, 6))]
     told = [f"stability: {plan.stability.verdict}"] if plan.stability else []
+    systems = [f"{name} {count:,}" for name, count in counts_by_system(plan).items()]
+    told.append(f"trainable parameters with this plan: {', '.join(systems)}")
     told += [f"note: {note}" for note in plan.notes]
     return "\n".join([*lines, *(textwrap.fill(x, 110, subsequent_indent="  ") for x in told)])
 
