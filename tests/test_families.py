@@ -283,6 +283,14 @@ def test_loaded_adapter_is_tied_again_and_goes_on_identically(case: Case, tmp_pa
     assert losses[0][0] != losses[0][1]
 
 
+@over(SOME)
+def test_state_dict_goes_into_another_adapter_of_the_same_plan(case: Case) -> None:
+    trained, fresh = made(case).adapted, adapted_as(case)
+    fresh.model.load_state_dict(trained.model.state_dict())
+    require_tied(fresh.model, fresh)
+    assert torch.equal(fresh.output(), trained.output())
+
+
 @over([case for case in SOME if not KINDS[case.kind].head])
 def test_state_survives_bf16(case: Case, tmp_path: Path) -> None:
     def half_base() -> Base:

@@ -218,6 +218,7 @@ def test_save_pretrained_writes_what_is_right_on_a_base_that_was_never_touched(
         plain = PeftModel.from_pretrained(base_of(kind).model, tmp_path).eval()
     assert difference(output_of(plain, kind), output_of(model, kind)) < TRAINED
     assert difference(output_of(plain, kind), output_of(base_of(kind).model, kind)) > 0.1
+    assert plain.peft_config["default"].init_lora_weights is True
     layer = plain.get_base_model().get_submodule(targets[0].path)
     assert layer.r["default"] == 2 * plan.group_of_target()[targets[0].path].r
     if kind == "bert":
@@ -295,6 +296,8 @@ def test_what_was_taken_is_neither_trained_nor_counted() -> None:
     assert not any("initial" in name for name in model.state_dict())
     loss_of(model, "llama").backward()
     assert all(module.initial.grad is None for module in started)
+    model.double()
+    assert all(module.initial.dtype == torch.float64 for module in started)
 
 
 # ---- refusals ---------------------------------------------------------------------------------
@@ -332,8 +335,10 @@ def test_orthogonal_pair_is_shared_and_refuses_odd_ranks() -> None:
 
 @every_changing
 def test_weights_that_are_not_floats_are_refused(init: str) -> None:
+    base = base_of("llama", torch.float64)
     with pytest.raises(ValueError, match=r"float32, bfloat16 or float16; .*float64.*default"):
-        adapted_by(init, dtype=torch.float64)
+        Adapted("llama", "own", base=base, init_lora_weights=init)
+    assert not any("lora" in name for name, _ in base.model.named_modules()), "left as it was"
 
 
 @pytest.mark.parametrize("family", ["dora", "lora_fa", "lori"])

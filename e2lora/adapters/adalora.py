@@ -116,8 +116,6 @@ class AdaLora(Family):
             total_step=1,  # PEFT wants a number; the hooks know it
         )
         adapted = inject(model, plan, peft_config, name)
-        for layer in layers_of(adapted, plan).values():  # PEFT's cast to the base's type thaws it
-            layer.ranknum[name].requires_grad_(False)
         tie(adapted, plan, name)
         tuner = adapted.base_model
         tuner.rankallocator = RankAllocator(tuner.model, peft_config, name)

@@ -24,7 +24,7 @@ from e2lora.adapters.family import (
     inject,
     layers_of,
 )
-from e2lora.adapters.starting import Started, initial_tensors, start
+from e2lora.adapters.starting import Started, initial_tensors, require_floats, start
 from e2lora.adapters.tensors import (
     FrozenLinear,
     PreconditionedLinear,
@@ -98,8 +98,11 @@ class Lora(Family):
         return total
 
     def build(self, model: Any, request: Request) -> Any:
+        touches_base = self.touches_base(request.config)
+        if touches_base:
+            require_floats(model, request.plan)
         adapted = inject(model, request.plan, self.peft_config(model, request), request.name)
-        if self.touches_base(request.config):
+        if touches_base:
             start(adapted, request, partial(self.choose, request))
         else:
             tie(adapted, request, freeze_a=not self.trains_a)

@@ -1,11 +1,11 @@
 """LoRA-GA (Wang et al., 2024): A and B start along the leading directions of the gradient.
 
-With ``G ≈ U S Vᵀ`` of rank 2r, A₀ takes r rows of Vᵀ and B₀ other r columns of U, so that the first
-step of training goes where full fine-tuning would, as far as rank 2r can. A group starts from the
-sum of its layers' gradients: that is the gradient of an update they all share.
+With ``G ≈ U S Vᵀ`` of rank 2r, A₀ takes r rows of Vᵀ and B₀ r columns of U, so that the first step
+of training goes where full fine-tuning would, as far as the rank can. A group starts from the sum
+of its layers' gradients: that is the gradient of an update which they all share.
 
-PEFT computes the pair. It scales B₀ by the singular values of G (the paper by neither), so B₀ is as
-small as the mean loss's gradient is, whatever ``scale``, except for ``weight_svd``.
+PEFT computes the pair. Its B₀ is scaled by the singular values of G too, so it is as small as the
+gradient of the mean loss is, except with scale ``weight_svd``.
 """
 
 from __future__ import annotations

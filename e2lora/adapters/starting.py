@@ -6,7 +6,8 @@ pair, as it is after rounding to the weights' type, so that the same pair does t
 
 A₀ and B₀ are kept beside A and B. On the *original* W such an adapter is LoRA of rank 2r, with
 [A; A₀] and [B, −B₀]: that is its state dict, and what PEFT's configuration describes. So what
-``save_pretrained`` writes is right on a base that was never touched.
+``save_pretrained`` writes is right on a base that was never touched. With the adapter disabled or
+unloaded, what remains is ``W − s·B₀A₀``.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from e2lora.adapters.family import Request, layers_of
+from e2lora.adapters.family import Request, base_layer, layers_of
+from e2lora.plan import SharingPlan
 from e2lora.targets import is_transposed
 
 SLOTS = ("lora_A", "lora_B")
@@ -90,10 +92,9 @@ def start(adapted: Any, request: Request, choose: Callable[[Any, str], None]) ->
             (out × in) in every kind of module, and is a copy.
 
     Raises:
-        ValueError: quantised weights; an initial pair that isn't there.
+        ValueError: an initial pair that isn't there.
     """
     layers, name = layers_of(adapted, request.plan), request.name
-    _require_floats(layers)
     sharers: dict[Any, list[str]] = {}
     for path, group in request.plan.group_of_target().items():
         sharers.setdefault(group, []).append(path)
@@ -120,14 +121,19 @@ def initial_tensors(adapted: Any, name: str) -> dict[str, Tensor]:
     }
 
 
-def _require_floats(layers: Mapping[str, Any]) -> None:
-    for path, layer in layers.items():
-        dtype = layer.get_base_layer().weight.dtype
+def require_floats(model: Any, plan: SharingPlan) -> None:
+    """Weights that something can be taken out of.
+
+    Raises:
+        ValueError: others, as quantised ones are.
+    """
+    for target in plan.targets:
+        dtype = base_layer(model, target.path).weight.dtype
         if dtype not in FLOATS:
             raise ValueError(
-                "an adapter that starts from its base's weights changes them, so they must be "
-                f"float32, bfloat16 or float16; {path} holds {dtype}. Load the model without "
-                "quantisation, or set init_lora_weights='default' (family 'lora')."
+                "an adapter that starts at a value changes the weights of its base, so they must "
+                f"be float32, bfloat16 or float16; {target.path} holds {dtype}. Load the model "
+                "without quantisation, or use family 'lora' with init_lora_weights='default'."
             )
 
 

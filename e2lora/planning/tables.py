@@ -70,7 +70,12 @@ def describe_plan(title: str, plan: SharingPlan) -> str:
     systems = [f"{name} {count:,}" for name, count in counts_by_system(plan).items()]
     told.append(f"trainable parameters with this plan: {', '.join(systems)}")
     told += [f"note: {note}" for note in plan.notes]
-    return "\n".join([*lines, *(textwrap.fill(x, 110, subsequent_indent="  ") for x in told)])
+    return "\n".join(
+        [
+            *lines,
+            *(textwrap.fill(x, 110, subsequent_indent="  ", break_on_hyphens=False) for x in told),
+        ]
+    )
 
 
 def compare_plans(plans: Mapping[str, SharingPlan]) -> str:
