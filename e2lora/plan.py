@@ -28,6 +28,20 @@ class Group(Frozen):
     r: int = Field(gt=0)
     lora_alpha: float = Field(gt=0)
 
+    @property
+    def span(self) -> str:
+        """Its layers in words.
+
+        >>> Group(module_type="q", layers=(0, 1, 2), r=1, lora_alpha=1.0).span
+        '0-2'
+        >>> Group(module_type="q", layers=(0, 2), r=1, lora_alpha=1.0).span
+        '0,2'
+        """
+        first, last = self.layers[0], self.layers[-1]
+        if len(self.layers) > 1 and self.layers == tuple(range(first, last + 1)):
+            return f"{first}-{last}"
+        return ",".join(map(str, self.layers))
+
 
 class Budget(Frozen):
     """What one module type could spend, and did, in the units of the plan's budget option.

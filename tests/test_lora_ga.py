@@ -407,6 +407,7 @@ def _worker() -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_process")
 def test_two_workers_start_from_what_the_first_one_finds_and_train_as_one_does(
     tmp_path: Path,

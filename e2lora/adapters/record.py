@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from e2lora.config import AdapterConfig, Frozen, ModelConfig, TrialConfig, system_name
-from e2lora.plan import Group, SharingPlan
+from e2lora.plan import SharingPlan
 from e2lora.records import Evaluation
 
 VERSION: Literal[2] = 2
@@ -195,24 +195,13 @@ def _plan_table(plan: SharingPlan) -> str:
         (
             f"`{module_type}`",
             str(len(groups)),
-            " ".join(layers_in_words(group) for group in groups),
+            " ".join(group.span for group in groups),
             " ".join(str(group.r) for group in groups),
         )
         for module_type in plan.module_types
         for groups in [plan.groups_of(module_type)]
     ]
     return _table(("module type", "groups", "layers", "ranks"), rows)
-
-
-def layers_in_words(group: Group) -> str:
-    """
-    >>> layers_in_words(Group(module_type="q", layers=(0, 1, 2), r=1, lora_alpha=1.0))
-    '0-2'
-    """
-    first, last = group.layers[0], group.layers[-1]
-    if len(group.layers) > 1 and group.layers == tuple(range(first, last + 1)):
-        return f"{first}-{last}"
-    return ",".join(map(str, group.layers))
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from e2lora.adapters import counts_by_system
 from e2lora.figures import short_names
 from e2lora.moments import GradientProfile
-from e2lora.plan import Group, SharingPlan
+from e2lora.plan import SharingPlan
 from e2lora.text_table import text_table
 
 
@@ -48,7 +48,7 @@ def describe_plan(title: str, plan: SharingPlan) -> str:
             [
                 names[module_type],
                 str(len(groups)),
-                _wrapped([_layers(group) for group in groups], 34),
+                _wrapped([group.span for group in groups], 34),
                 _wrapped([str(group.r) for group in groups], 24),
                 f"{count:,}",
                 f"{count / plain:.0%}",
@@ -109,16 +109,3 @@ def _range(ranks: Sequence[int]) -> str:
     ('8', '4–13')
     """
     return f"{min(ranks)}–{max(ranks)}" if min(ranks) < max(ranks) else f"{ranks[0]}"
-
-
-def _layers(group: Group) -> str:
-    """
-    >>> _layers(Group(module_type="q", layers=(0, 1, 2), r=1, lora_alpha=1.0))
-    '0-2'
-    >>> _layers(Group(module_type="q", layers=(0, 2), r=1, lora_alpha=1.0))
-    '0,2'
-    """
-    first, last = group.layers[0], group.layers[-1]
-    if len(group.layers) > 1 and group.layers == tuple(range(first, last + 1)):
-        return f"{first}-{last}"
-    return ",".join(map(str, group.layers))
