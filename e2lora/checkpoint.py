@@ -17,9 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from e2lora.adapters.tensors import write_tensors
 from e2lora.config import Frozen
 from e2lora.records import Evaluation, write_json
 
@@ -53,7 +54,7 @@ def save_checkpoint(folder: Path, state: TrainState, keep: int = 1) -> None:
     partial = folder / f".{final.name}.{os.getpid()}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    save_file(state.tensors, partial / "state.safetensors")
+    write_tensors(partial / "state.safetensors", state.tensors)
     description = _Description(
         step=state.step,
         identity=state.identity,

@@ -94,11 +94,14 @@ class Engine(Handle):
     def __init__(self, model: Any, adapter: AdapterConfig, training: TrainConfig) -> None:
         self.training = training
         self.parameters = trainable_parameters(model)
-        by_rate: dict[float, list[Tensor]] = {}
+        by_rate: dict[tuple[float, bool], list[Tensor]] = {}
         for name, parameter in self.parameters.items():
             peak = peak_learning_rate(name, model, adapter, training)
-            by_rate.setdefault(peak, []).append(parameter)
-        groups = [{"params": p, "lr": peak, "peak": peak} for peak, p in by_rate.items()]
+            by_rate.setdefault((peak, is_head(name, model)), []).append(parameter)
+        groups = [
+            {"params": parameters, "lr": peak, "peak": peak, "head": head}
+            for (peak, head), parameters in by_rate.items()
+        ]
         optimizer = torch.optim.AdamW(groups, weight_decay=training.weight_decay)
         self._engine, *_ = import_deepspeed().initialize(
             model=model,
@@ -127,7 +130,8 @@ class Engine(Handle):
         """After each backward; the last one of a step updates, at the learning rate of ``step``."""
         factor = learning_rate_factor(self.training, step)
         for group in self._engine.optimizer.param_groups:
-            group["lr"] = group["peak"] * factor
+            scale = 1.0 if group["head"] else self.learning_rate_scale
+            group["lr"] = group["peak"] * factor * scale
         self._engine.step()
 
     def gradient(self, name: str) -> Tensor:

@@ -126,6 +126,11 @@ class StudyFolder:
         """Those that hold a configuration, by number."""
         return [TrialFolder(file.parent) for file in sorted(self.trials.glob("*/trial.json"))]
 
+    def refused_folders(self) -> list[TrialFolder]:
+        """Those of trials that have ended for want of a configuration, by number."""
+        ended = (TrialFolder(file.parent) for file in sorted(self.trials.glob("*/result.json")))
+        return [trial for trial in ended if not trial.config_file.exists()]
+
 
 def write_json(file: Path, value: BaseModel | Any) -> None:
     """Write a record as JSON, see :func:`write_text`."""

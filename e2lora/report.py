@@ -60,8 +60,12 @@ def render_report(folder: StudyFolder, trials_planned: int | None = None) -> Rep
     trials = [(trial, trial.config(), trial.result()) for trial in folder.trial_folders()]
     metric = metric_of(record)
     sections = _sections(trials, metric)
-    progress = _progress([result for _, _, result in trials], trials_planned)
-    ended = sum(result is not None for _, _, result in trials)
+    refused = [trial.result() for trial in folder.refused_folders()]
+    results = [*(result for _, _, result in trials), *refused]
+    progress = _progress(results, trials_planned)
+    for result in filter(None, refused):
+        progress += f" Trial {result.number} had no configuration: {result.error}"
+    ended = sum(result is not None for result in results)
     verdict = write_verdict(sections, progress, interim=ended < (trials_planned or len(trials)))
 
     out = folder.report

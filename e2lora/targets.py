@@ -19,7 +19,7 @@ from e2lora.models import wrapped_modules
 from e2lora.moments import Target
 
 
-def find_targets(model: nn.Module, target_modules: Sequence[str]) -> tuple[Target, ...]:
+def find_targets(model: nn.Module, target_modules: Sequence[str] | str) -> tuple[Target, ...]:
     """Every linear module in a numbered layer whose path ends in one of ``target_modules``.
 
     Those of a PEFT model are found below its adapters, by their paths in the bare model.
@@ -27,6 +27,8 @@ def find_targets(model: nn.Module, target_modules: Sequence[str]) -> tuple[Targe
     Raises:
         ValueError: a name that matches nothing; the message lists what could be named.
     """
+    if isinstance(target_modules, str):
+        target_modules = (target_modules,)
     candidates = list(_linears_in_layers(model))
     found: dict[str, Target] = {}
     for name in target_modules:

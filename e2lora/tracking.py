@@ -136,7 +136,8 @@ class Tracker:
         that this process was not asked to :meth:`mirror_trial`: a dead one left them running.
         """
         with self._lock:
-            self._pending |= {trial.number: trial for trial in self._folder.trial_folders()}
+            ended = [*self._folder.trial_folders(), *self._folder.refused_folders()]
+            self._pending |= {trial.number: trial for trial in ended}
             self._mirror_pending()
 
     def finish(self, report_files: Sequence[Path], status: Ended) -> None:
@@ -188,7 +189,7 @@ class Tracker:
         held = self._children.get(trial.number)
         if held is None:
             tags = {PARENT_TAG: self.parent_run_id, TRIAL_TAG: str(trial.number)}
-            name = f"{trial.number:05d} {wanted.params['system']}"
+            name = f"{trial.number:05d} {wanted.params.get('system', 'refused')}"
             run = self._client.create_run(self.experiment_id, tags=tags, run_name=name)
             held = self._children[trial.number] = _Contents.of(run)
         result = wanted.tags.get(RESULT_TAG)
@@ -197,7 +198,7 @@ class Tracker:
         self._send(held, wanted)
         if result:
             for file in (trial.config_file, trial.plan_file):
-                if file.exists():  # a trial may fail before it has a plan
+                if file.exists():  # a trial may fail before it has them
                     self._client.log_artifact(held.run_id, str(file))
         self._set_status(held, wanted.status)
 
@@ -230,7 +231,8 @@ class Tracker:
         held.status = status
 
     def _finish_parent(self, report_files: Sequence[Path], status: Ended) -> None:
-        states = [r.state for trial in self._folder.trial_folders() if (r := trial.result())]
+        trials = [*self._folder.trial_folders(), *self._folder.refused_folders()]
+        states = [result.state for trial in trials if (result := trial.result())]
         self._client.log_metric(self.parent_run_id, "finished_trials", states.count("complete"))
         self._client.log_metric(self.parent_run_id, "failed_trials", states.count("failed"))
         for file in report_files:
@@ -310,7 +312,9 @@ def _trial_params(config: TrialConfig) -> dict[str, str]:
         "task": config.task.display_name,
         "system": config.system,
         "seed": config.seed,
+        "family": config.adapter.family,
         "target_modules": ", ".join(config.adapter.target_modules),
+        **config.adapter.special_options,
         **config.plan.model_dump(include=PLAN_OPTIONS),
         **config.plan.model_dump(include=SPECIAL_PLAN_OPTIONS, exclude_defaults=True),
         **config.training.model_dump(include=TRAINING_OPTIONS),
@@ -319,11 +323,12 @@ def _trial_params(config: TrialConfig) -> dict[str, str]:
 
 
 def _read_trial(trial: TrialFolder, running: bool) -> _Contents | None:
-    """What the trial's run should hold; None while the trial has no configuration on disk."""
-    if not trial.config_file.exists():
+    """What the trial's run should hold; None while the trial has nothing on disk to show."""
+    result, evaluations = trial.result(), trial.evaluations()
+    if not trial.config_file.exists() and result is None:
         return None
-    params, result, evaluations = _trial_params(trial.config()), trial.result(), trial.evaluations()
-    tags = {name: params[name] for name in LABELS} | {TRIAL_TAG: str(trial.number)}
+    params = _trial_params(trial.config()) if trial.config_file.exists() else {}
+    tags = {name: params[name] for name in LABELS if params} | {TRIAL_TAG: str(trial.number)}
     if trial.plan_file.exists():
         tags["plan_fingerprint"] = trial.plan().fingerprint()
     points = {(name, e.step, value) for e in evaluations for name, value in e.metrics.items()}

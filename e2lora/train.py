@@ -160,6 +160,7 @@ class _Run:
             self.base.head,
             gradients=gradients,
             initial=initial,
+            in_loop=True,
         )
         if one_start and self.rank == 0:  # singular vectors may differ between machines
             first = self.family.initial(self.adapted, DEFAULT_NAME)

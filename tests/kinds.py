@@ -241,7 +241,12 @@ class Adapted:
         gradients = made_up_gradients(self.plan) if FAMILIES[family].needs_gradients else None
         torch.manual_seed(torch_seed)
         self.model = adapt(
-            self.base.model, self.plan, self.config, self.base.head, gradients=gradients
+            self.base.model,
+            self.plan,
+            self.config,
+            self.base.head,
+            gradients=gradients,
+            in_loop=True,
         )
         self.model.eval()
 

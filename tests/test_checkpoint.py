@@ -73,7 +73,7 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("last", ["save_file", "write_json", "_flush_to_disk"])
+@pytest.mark.parametrize("last", ["write_tensors", "write_json", "_flush_to_disk"])
 def test_save_that_is_killed_half_way_leaves_the_older_state(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: str
 ) -> None:

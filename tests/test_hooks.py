@@ -36,7 +36,7 @@ from tests.test_train import load_small, plan_of, train_until, with_training
 
 STAGES = (0, 1, 2)
 STAGES_ALONE = (2,)
-KEEP, MASK_AFTER = 0.25, 3
+KEEP, MASK_AFTER, FASTER = 0.25, 3, 2.0
 TINIT, TFINAL, INIT_R = 1, 3, 6  # at r = 4
 
 
@@ -56,7 +56,7 @@ def trial_of(family: str, options: Mapping[str, Any], **training: Any) -> TrialC
 
 
 ADALORA = {"adalora": {"tinit": TINIT, "tfinal": TFINAL}}
-LORI = {"lori": {"mask_after": MASK_AFTER, "keep": KEEP}}
+LORI = {"lori": {"mask_after": MASK_AFTER, "keep": KEEP, "masked_lr_ratio": FASTER}}
 TRIALS = {
     "probe": trial_of("lora", {}, gradient_accumulation_steps=2, head_learning_rate=1e-2),
     "AdaLoRA": trial_of("adalora", ADALORA, gradient_accumulation_steps=2),
@@ -153,7 +153,7 @@ class Plain:
     def adapted(self) -> Any:
         plan = plan_of(self.config, self.base, self.data)
         adapter = self.config.adapter.seeded(self.config.seed)
-        return adapt(self.base.model, plan, adapter, self.base.head)
+        return adapt(self.base.model, plan, adapter, self.base.head, in_loop=True)
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         training = self.config.training
@@ -263,6 +263,8 @@ def lori_in_two_trainings(plain: Plain) -> tuple[list[float], Any]:
             again = Plain(plain.config, plain.base, plain.data)
             model = again.adapted()
             parameters, optimizer = trainable_parameters(model), again.optimizer(model)
+            for name, group in zip(parameters, optimizer.param_groups, strict=True):
+                group["peak"] *= 1.0 if is_head(name) else FASTER
         loss = plain.loss(model, step)
         losses.append(loss.item())
         loss.backward()

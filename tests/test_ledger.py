@@ -9,14 +9,17 @@ from typing import Any
 
 import optuna
 import pytest
+from mlflow.tracking import MlflowClient
 from optuna.trial import TrialState
 from ray.tune.search import Searcher
 
 from e2lora.config import Study, TrialConfig
 from e2lora.pool import JobFailed
-from e2lora.records import StudyFolder, TrialResult, write_json
+from e2lora.records import StudyFolder, StudyRecord, TrialResult, write_json
+from e2lora.report import render_report
 from e2lora.search.ledger import ChangedSpace, LedgerSearch
-from e2lora.search.plans import Plans
+from e2lora.search.plans import Plans, checked_configurations
+from e2lora.tracking import Tracker
 from tests.small import small_trial, study
 
 
@@ -197,3 +200,68 @@ def test_ledger_opens_in_plain_optuna(folder: StudyFolder, plans: Plans) -> None
     )
     loaded = optuna.load_study(study_name="study", storage=storage)
     assert [direction.name for direction in loaded.directions] == ["MAXIMIZE", "MINIMIZE"]
+
+
+def test_trials_that_cannot_be_trained_are_told_by_report_and_tracking(
+    folder: StudyFolder, plans: Plans, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is refused for what it is, and one for which the user's own space fails."""
+
+    def failing(trial: Any) -> TrialConfig:
+        if trial.number == 1:
+            raise RuntimeError("out of ideas")
+        return small_trial("all" if trial.number == 2 else "none")
+
+    def check(config: TrialConfig, study: Study) -> None:
+        if config.plan.topology == "none":
+            raise ValueError("such a plan can't be trained.")
+
+    monkeypatch.setattr(plans, "check", check)
+    failing_study = replace(STUDY, space=failing, points=())
+    search = searcher(folder, plans, num_trials=3, study=failing_study)
+    assert search.suggest("a")["trial"] == 2
+    assert states(search) == [TrialState.FAIL, TrialState.FAIL, TrialState.RUNNING]
+    finish(folder, 2, 0.5)
+    record = StudyRecord(
+        name="study",
+        space="any",
+        models=STUDY.models,
+        tasks=STUDY.tasks,
+        objectives=STUDY.objectives,
+        budgets=(4,),
+        seeds=(0,),
+    )
+    write_json(folder.record_file, record)
+    report = render_report(folder, 3)
+    assert "3 of 3 planned trials have ended: 1 complete, 2 failed" in report.verdict
+    assert "Trial 1 had no configuration" in report.verdict
+    assert "RuntimeError: out of ideas" in report.verdict
+    assert "not scored: trial 0, LoRA r=4: such a plan can't be trained." in report.table
+    tracker = Tracker(f"sqlite:///{folder.path / 'mlflow.db'}", folder, record)
+    tracker.mirror_all()
+    client = MlflowClient(f"sqlite:///{folder.path / 'mlflow.db'}")
+    runs = client.search_runs([tracker.experiment_id])
+    states_of = {run.info.run_name.split()[0]: run.info.status for run in runs}
+    assert {states_of[f"0000{n}"] for n in (0, 1)} == {"FAILED"}
+
+
+def test_point_that_cannot_be_trained_ends_the_study_and_a_draw_is_only_told(
+    plans: Plans, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def check(config: TrialConfig, study: Study) -> None:
+        if config.plan.topology == "none":
+            raise ValueError("such a plan can't be trained.")
+
+    monkeypatch.setattr(plans, "check", check)
+    configs = checked_configurations(STUDY, plans)
+    refused = 5 - len(configs)
+    assert 0 < refused < 5
+    assert all(config.plan.topology == "all" for config in configs)
+    note = capsys.readouterr().out
+    assert f"note: {refused} of 4 configurations drawn" in note
+    assert "can't be trained. (drawn {'topology': 'none'})" in note
+    with pytest.raises(ValueError, match=r"can't be trained\. \(point \{'topology': 'none'\}\)"):
+        checked_configurations(replace(STUDY, points=({"topology": "none"},)), plans)
+    only = replace(STUDY, points=(), space=lambda trial: small_trial("none"))
+    with pytest.raises(ValueError, match=r"drawn"):
+        checked_configurations(only, plans)

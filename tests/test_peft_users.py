@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from torch import Tensor
 
 import e2lora
 from e2lora.adapters import count_adapter_parameters, trainable_parameters
+from e2lora.config import LoriOptions
 from e2lora.models import weights_fingerprint
 from e2lora.targets import find_targets
 from tests.kinds import KINDS, Adapted, make_base, output_of
@@ -371,3 +373,64 @@ def test_adapter_that_peft_made_itself_is_left_to_peft() -> None:
     model = get_peft_model(make_base("llama").model, LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match=r"put in; 'default' is none"):
         e2lora.save(model, Path("nowhere"))
+
+
+# ---- what would be something else, said -------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "what"),
+    [
+        ("lora_plus", {}, r"than LoRA\+: B is to learn 16 times as fast"),
+        ("lori", {"lori": LoriOptions(mask_after=2)}, r"LoRI-S: B is to be masked after 2 steps"),
+        ("adalora", {}, r"AdaLoRA: ranks are to be pruned"),
+    ],
+)
+def test_family_that_lies_partly_in_our_loop_warns_in_another(
+    family: str, options: dict[str, Any], what: str, tmp_path: Path
+) -> None:
+    made = Adapted("llama", "own", family, **options)
+    base = make_base("llama")
+    with pytest.warns(UserWarning, match=what):
+        model = e2lora.adapt(base.model, made.plan, made.config)
+    e2lora.save(model, tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "another training loop")
+        e2lora.load(make_base("llama").model, tmp_path)  # trained already, for all that is known
+
+
+@pytest.mark.parametrize("family", ["lora", "lora_fa", "lori", "vera", "randlora", "dora"])
+def test_family_that_is_whole_in_any_loop_does_not_warn(family: str) -> None:
+    made = Adapted("llama", "own", family)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "another training loop")
+        e2lora.adapt(make_base("llama").model, made.plan, made.config)
+
+
+@pytest.mark.parametrize("head", [("classifierr",), "classifier"])
+def test_head_that_is_no_module_is_refused(head: Any) -> None:
+    made = Adapted("bert", "own", "lora")
+    with pytest.raises(ValueError, match=r"module names of the model.*'bert', 'classifier'"):
+        e2lora.adapt(make_base("bert").model, made.plan, made.config, head)
+
+
+@pytest.mark.parametrize("name", ["", "a.b"])
+def test_adapter_name_that_would_break_module_names_is_refused(name: str) -> None:
+    made = Adapted("llama", "own", "lora")
+    with pytest.raises(ValueError, match=rf"without a dot; got '{name}'"):
+        e2lora.adapt(make_base("llama").model, made.plan, made.config, adapter_name=name)
+
+
+def test_configuration_of_another_kind_is_refused() -> None:
+    made = Adapted("llama", "own", "lora")
+    peft_config: Any = LoraConfig(target_modules=["q_proj"])
+    with pytest.raises(ValueError, match=r"a SharingPlan.*got a LoraConfig"):
+        e2lora.adapt(make_base("llama").model, peft_config)
+    with pytest.raises(ValueError, match=r"and an AdapterConfig; got a SharingPlan and a LoraC"):
+        e2lora.adapt(make_base("llama").model, made.plan, peft_config)
+
+
+def test_one_target_may_be_named_without_a_list_and_lists_are_taken() -> None:
+    model = make_base("llama").model
+    assert e2lora.find_targets(model, "q_proj") == e2lora.find_targets(model, ("q_proj",))
+    assert e2lora.AdapterConfig(target_modules=["q_proj"]).target_modules == ("q_proj",)

@@ -228,6 +228,7 @@ def test_study_has_one_parent_and_one_child_per_trial(tmp_path: Path, uri: str) 
         "zero_stage": "1",
         "num_workers": "2",
         "seed": "0",
+        "family": "lora",
         "target_modules": "query",
     }
     assert ended["metrics"] == {

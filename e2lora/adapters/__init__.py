@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +48,7 @@ def adapt(
     adapter_name: str = DEFAULT_NAME,
     gradients: Mapping[str, Tensor] | None = None,
     initial: Mapping[str, Tensor] | None = None,
+    in_loop: bool = False,
 ) -> Any:
     """Put adapters into ``model`` in place, as the plan says; returns the PEFT model around it.
 
@@ -58,13 +60,28 @@ def adapt(
         config: None: LoRA on the plan's targets.
         gradients: for families that start from them: see :class:`e2lora.adapters.family.Request`.
         initial: in their place, what another adapter of the same trial started from.
+        in_loop: whether this project's training loop goes on from here, or nothing is trained;
+            otherwise a family part of which lies there warns.
 
     Raises:
         ValueError: the plan doesn't fit the model, the family can't do what it asks, or the PEFT
             model can't take another adapter.
     """
+    if not isinstance(plan, SharingPlan) or not isinstance(config, AdapterConfig | None):
+        raise ValueError(
+            "an adapter is made from a SharingPlan (of `build_plan`) and an AdapterConfig; got a "
+            f"{type(plan).__name__} and a {type(config).__name__}."
+        )
     config = config or AdapterConfig(target_modules=tuple(t.path for t in plan.targets))
     family = FAMILIES[config.family]
+    _require_names(model, head, adapter_name)
+    left = family.left_to_the_loop(config)
+    if left and not in_loop:
+        warnings.warn(
+            f"another training loop trains something else than {config.display_name}: {left}, "
+            "which e2lora's own does (jobs/search.py).",
+            stacklevel=2,
+        )
     family.require_suits(plan.options, config)
     family.require_fits(plan, config)
     if hasattr(model, "get_base_model"):
@@ -78,6 +95,22 @@ def adapt(
     assert expected in (None, counted), f"adapter has {counted} parameters, its plan {expected}"
     _keeper(adapted, adapter_name).e2lora = Origin(plan, config, tuple(head), touched)
     return adapted
+
+
+def _require_names(model: Any, head: Sequence[str], adapter_name: str) -> None:
+    if not adapter_name or "." in adapter_name:
+        raise ValueError(
+            f"an adapter's name is part of module names, without a dot; got {adapter_name!r}."
+        )
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    modules = {name for name, _ in inner.named_modules()}
+    unknown = [] if isinstance(head, str) else [name for name in head if name not in modules]
+    if isinstance(head, str) or unknown:
+        top = sorted(name for name in modules if name and "." not in name)
+        raise ValueError(
+            f"`head` must be a sequence of module names of the model, such as {top}; got "
+            f"{unknown or head!r}. Correct it."
+        )
 
 
 @dataclass(frozen=True)

@@ -96,6 +96,9 @@ class AdaLora(Family):
         sizes = {t.module_type: t.in_features + t.out_features + 1 for t in plan.targets}
         return initial_rank(plan, config) * sum(sizes[g.module_type] for g in plan.groups)
 
+    def left_to_the_loop(self, config: AdapterConfig) -> str:
+        return "ranks are to be pruned after each step, by the gradients"
+
     def build(self, model: Any, request: Request) -> Any:
         from peft import AdaLoraConfig
         from peft.tuners.adalora.layer import RankAllocator

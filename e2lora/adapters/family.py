@@ -68,6 +68,9 @@ class Handle:
         """Set a trainable parameter, its float32 master included."""
         raise NotImplementedError
 
+    learning_rate_scale: float = 1.0
+    "of what is no head, on top of the schedule"
+
     def restart_optimizer(self) -> None:
         """Let the optimizer begin anew: no moments, no steps."""
         raise NotImplementedError
@@ -119,6 +122,10 @@ class Family:
     @property
     def name(self) -> str:
         return FAMILIES[self.key]
+
+    def left_to_the_loop(self, config: AdapterConfig) -> str:
+        """What of the method only this project's training loop does; "" if nothing is."""
+        return ""
 
     def touches_base(self, config: AdapterConfig) -> bool:
         """Whether making or training it changes base weights; they must be loaded anew after."""

@@ -175,6 +175,9 @@ class LoraPlus(Lora):
 
     key = "lora_plus"
 
+    def left_to_the_loop(self, config: AdapterConfig) -> str:
+        return f"B is to learn {config.lora_plus.lr_ratio:g} times as fast as A"
+
     def learning_rate_ratio(self, parameter_name: str, config: AdapterConfig) -> float:
         return config.lora_plus.lr_ratio if ".lora_B." in parameter_name else 1.0
 

@@ -2,7 +2,8 @@
 
 LoRI-S is two trainings: a first one, LoRI-D, whose only purpose is the mask; and a second one that
 starts where the first started, with B zero and an optimizer that knows nothing. Here both are
-stages of one trial. The learning rate follows the trial's one schedule over both.
+stages of one trial. The learning rate follows the trial's one schedule over both, times
+``masked_lr_ratio`` in the second: few entries have to do what all did.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 from e2lora.adapters.family import Handle, Hooks, Request, inject, layers_of
 from e2lora.adapters.lora import FrozenALora, tie
 from e2lora.adapters.tensors import MaskedLinear, pack_bits, unpack_bits
-from e2lora.config import AdapterConfig, TrainConfig, TrialConfig
+from e2lora.config import AdapterConfig, LoriOptions, TrainConfig, TrialConfig
 
 
 class Lori(FrozenALora):
@@ -46,6 +47,10 @@ class Lori(FrozenALora):
                 "Use stage 2, or LoRI-D (no `lori.mask_after`)."
             )
 
+    def left_to_the_loop(self, config: AdapterConfig) -> str:
+        after = config.lori.mask_after
+        return "" if after is None else f"B is to be masked after {after} steps"
+
     def build(self, model: Any, request: Request) -> Any:
         if request.config.lori.mask_after is None:
             return super().build(model, request)
@@ -61,7 +66,7 @@ class Lori(FrozenALora):
         mask_after = config.lori.mask_after
         if mask_after is None:
             return Hooks()
-        return LoriHooks(adapted, mask_after, config.lori.keep, handle)
+        return LoriHooks(adapted, mask_after, config.lori, handle)
 
     def pack(self, tensors: dict[str, Tensor], adapted: Any, name: str) -> dict[str, Tensor]:
         """Of each B its unmasked entries, in order, and the mask, a bit per entry."""
@@ -92,8 +97,8 @@ class Lori(FrozenALora):
 class LoriHooks(Hooks):
     """After step ``mask_after``: choose the mask, and start again with nothing else."""
 
-    def __init__(self, adapted: Any, mask_after: int, keep: float, handle: Handle) -> None:
-        self.mask_after, self.keep, self.handle = mask_after, keep, handle
+    def __init__(self, adapted: Any, mask_after: int, options: LoriOptions, handle: Handle) -> None:
+        self.mask_after, self.options, self.handle = mask_after, options, handle
         self.start = {
             name: parameter.detach().clone()
             for name, parameter in adapted.named_parameters()
@@ -109,13 +114,17 @@ class LoriHooks(Hooks):
     def after_step(self, step: int) -> None:
         if step != self.mask_after:
             return
-        masks = largest([self.handle.value(name) for name in self.modules], self.keep)
+        masks = largest([self.handle.value(name) for name in self.modules], self.options.keep)
         for module, mask in zip(self.modules.values(), masks, strict=True):
             module.mask.copy_(mask)
         for name, value in self.start.items():  # B at zero; a head as it was
             self.handle.assign(name, value)
         self.handle.restart_optimizer()
+        self._go_on_masked()
+
+    def _go_on_masked(self) -> None:
         self.is_masked = True
+        self.handle.learning_rate_scale = self.options.masked_lr_ratio
 
     def state(self) -> dict[str, Tensor]:
         return {name: module.mask for name, module in self.modules.items() if self.is_masked}
@@ -123,7 +132,8 @@ class LoriHooks(Hooks):
     def restore(self, state: Mapping[str, Tensor]) -> None:
         for name, mask in state.items():
             self.modules[name].mask.copy_(mask)
-        self.is_masked = bool(state)
+        if state:
+            self._go_on_masked()
 
 
 def largest(tensors: Sequence[Tensor], share: float) -> list[Tensor]:

@@ -179,7 +179,13 @@ def load_adapter(model: Any, folder: Path | str, adapter_name: str = DEFAULT_NAM
     trained = {name: t for name, t in stored.items() if not name.startswith(INITIAL)}
     family, active = FAMILIES[record.adapter.family], getattr(model, "active_adapter", None)
     adapted = adapt(
-        model, plan, record.adapter, record.head, adapter_name=adapter_name, initial=initial
+        model,
+        plan,
+        record.adapter,
+        record.head,
+        adapter_name=adapter_name,
+        initial=initial,
+        in_loop=True,
     )
     try:
         frozen = _fingerprint(family.frozen(adapted, adapter_name))

@@ -38,6 +38,9 @@ Family = Literal[
     "full",
 ]
 
+TIMES = ("mask_after", "tinit", "tfinal", "delta_t")
+"""Options of families that say when, in steps."""
+
 INITIALISATION = re.compile(r"default|gaussian|orthogonal|olora|pissa(_niter_[1-9]\d*)?")
 
 
@@ -57,6 +60,9 @@ class LoriOptions(Frozen):
 
     mask_after: int | None = Field(default=None, gt=0, description="steps; None: LoRI-D, no mask")
     keep: float = Field(default=0.1, gt=0, le=1)
+    masked_lr_ratio: float = Field(
+        default=10.0, gt=0, description="learning rate of B with the mask, over that before it"
+    )
 
 
 class VeraOptions(Frozen):
@@ -106,6 +112,7 @@ class AdapterConfig(Frozen):
     family: Family = "lora"
     target_modules: tuple[str, ...] = Field(
         default=(),
+        strict=False,
         description="names of linear modules inside a layer, e.g. 'query'; none for `full`",
     )
     a_scope: Scope = "interval"
@@ -164,14 +171,20 @@ class AdapterConfig(Frozen):
         return name
 
     @property
+    def special_options(self) -> dict[str, Any]:
+        """What differs from the defaults, by name; options of a family as ``lori.keep``."""
+        told = self.model_dump(mode="json", exclude_defaults=True, exclude={"target_modules"})
+        told.pop("family", None)
+        own = told.pop(self.family, {})
+        return told | {f"{self.family}.{name}": value for name, value in own.items()}
+
+    @property
     def details(self) -> list[str]:
-        """Options that differ from the family's defaults, in words, for a system's name."""
-        details = [] if self.init_lora_weights == "default" else [self.init_lora_weights]
-        own: Any = getattr(self, self.family, None)
-        if own is not None:
-            defaults = type(own)()
-            for name in type(own).model_fields:
-                value = getattr(own, name)
-                if value != getattr(defaults, name) and name != "mask_after":
-                    details.append(f"{name} {value}")
-        return details
+        """What of it makes another system, in words, for a system's name.
+
+        When a family does something in the course of training is, like a learning rate, tuning.
+        """
+        told = self.special_options
+        details = [told["init_lora_weights"]] if "init_lora_weights" in told else []
+        own = {name.rpartition(".")[2]: value for name, value in told.items() if "." in name}
+        return details + [f"{k} {v}" for k, v in own.items() if k not in TIMES]

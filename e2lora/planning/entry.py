@@ -27,7 +27,7 @@ from e2lora.config import (
 )
 from e2lora.partition import TOPOLOGIES
 from e2lora.planning import Request, dry_run, make_plans
-from e2lora.search.plans import sample_configurations
+from e2lora.search.plans import configuration_of_point
 
 Config = TypeVar("Config", bound=BaseModel)
 
@@ -120,7 +120,7 @@ def _first_point(space: str) -> TrialConfig:
             f"--space gives model, task and targets by its study's first point; {space!r} has no "
             "points. Add one, or name another space."
         )
-    return sample_configurations(study, num_drawn=0)[0]
+    return configuration_of_point(study, study.points[0])
 
 
 def plans_of(

@@ -20,7 +20,7 @@ from ray.tune.search.optuna import OptunaSearch
 from e2lora.config import Study, TrialConfig, in_one_paragraph
 from e2lora.pool import JobFailed, Pool
 from e2lora.records import StudyFolder, TrialResult, write_json
-from e2lora.search.plans import Plans, with_absolute_paths
+from e2lora.search.plans import Plans, configuration_of, with_absolute_paths
 
 MODES = {"maximize": "max", "minimize": "min"}
 
@@ -113,7 +113,7 @@ class LedgerSearch(OptunaSearch):
         """The space, adapted: what Tune gets is where the trial's configuration stands."""
         folder = self._folder.trial(trial.number)
         try:
-            config = self._study.space(trial)
+            config = configuration_of(self._study, trial)
         except ValueError as error:
             if "dynamic value space" not in str(error):
                 raise
@@ -121,15 +121,15 @@ class LedgerSearch(OptunaSearch):
                 "a resumed study must have the space it began with; this one offers other "
                 f"choices than before: {error} Go back to that space, or use another --study name."
             ) from error
-        self._plans.check(config, self._study)
-        config = with_absolute_paths(config)
+        declared, config = config, with_absolute_paths(config)
         if folder.config_file.exists() and folder.config() != config:
             raise ChangedSpace(
                 "a resumed study must have the space it began with; trial "
                 f"{folder.number} differs in {_difference(folder.config(), config)}. Go back to "
                 "that space, or use another --study name."
             )
-        write_json(folder.config_file, config)
+        write_json(folder.config_file, config)  # before the check: a refused trial is told, too
+        self._plans.check(declared, self._study)
         plan = self._plans.plan_for(config, self._pool)
         write_json(folder.plan_file, plan)
         return {

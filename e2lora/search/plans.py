@@ -7,7 +7,7 @@ the study's folder.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -133,24 +133,69 @@ class Plans:
         return self._folder.profiles / f"{key}.json"
 
 
-def sample_configurations(study: Study, num_drawn: int = 4) -> list[TrialConfig]:
-    """What the study's points are, and some that its space draws at random, without a ledger.
+def configuration_of(study: Study, trial: Any) -> TrialConfig:
+    """What the study's space makes of a trial's suggestions.
 
     Raises:
-        ValueError: a point that the space doesn't accept, with the point.
+        ValueError: whatever the space raises.
     """
-    configurations = []
+    try:
+        return study.space(trial)
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"a study's space must return a configuration; it raised {type(error).__name__}: "
+            f"{error}. Correct the space."
+        ) from error
+
+
+def configuration_of_point(study: Study, point: Mapping[str, Any]) -> TrialConfig:
+    """Of one of the study's points.
+
+    Raises:
+        ValueError: the space doesn't accept it; the message names the point.
+    """
+    try:
+        return configuration_of(study, optuna.trial.FixedTrial(dict(point)))
+    except ValueError as error:
+        raise ValueError(f"{in_one_paragraph(error)} (point {dict(point)})") from error
+
+
+def checked_configurations(study: Study, plans: Plans, num_drawn: int = 4) -> list[TrialConfig]:
+    """What the study's points are, and some that its space draws at random, without a ledger.
+
+    A space may offer combinations that can't be trained: one that is drawn is told, and is not
+    among these. A point must be such as can be trained.
+
+    Raises:
+        ValueError, OSError: what the space or :meth:`Plans.check` refuses at a point, or at every
+            draw of a study without points.
+    """
+    configurations = [configuration_of_point(study, point) for point in study.points]
+    for point, config in zip(study.points, configurations, strict=True):
+        try:
+            plans.check(config, study)
+        except ValueError as error:
+            raise ValueError(f"{in_one_paragraph(error)} (point {dict(point)})") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     drawing = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=study.seeds[0]))
-    trials = [optuna.trial.FixedTrial(dict(point)) for point in study.points]
-    for trial in (*trials, *(drawing.ask() for _ in range(num_drawn))):
+    refusals = []
+    for trial in (drawing.ask() for _ in range(num_drawn)):
         try:
-            configurations.append(study.space(trial))
+            config = configuration_of(study, trial)
+            plans.check(config, study)
+            configurations.append(config)
         except ValueError as error:
-            raise ValueError(
-                f"a study's space must accept its points and what it draws; {trial.params} it "
-                f"does not: {in_one_paragraph(error)}"
-            ) from error
+            refusals.append(f"{in_one_paragraph(error)} (drawn {trial.params})")
+    if not configurations:
+        raise ValueError(refusals[0])
+    if refusals:
+        print(
+            f"note: {len(refusals)} of {num_drawn} configurations drawn from the space can't be "
+            f"trained; such trials will be failed: {refusals[0]}",
+            flush=True,
+        )
     return configurations
 
 

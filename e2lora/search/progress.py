@@ -53,7 +53,7 @@ class Progress(Callback):
 
     def _line(self, folder: TrialFolder) -> str:
         config, result = folder.config(), folder.result()
-        head = f"trial {folder.number:>3}  {config.system:<12} r={config.plan.r:<3}"
+        head = f"trial {folder.number:>3}  {config.label:<18}"
         if result is None:
             return f"{head} left open"
         if result.state == "failed":

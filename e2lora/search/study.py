@@ -16,7 +16,7 @@ from e2lora.pool import Pool
 from e2lora.records import StudyFolder, StudyRecord, write_json
 from e2lora.report import render_report
 from e2lora.search.ledger import LedgerSearch
-from e2lora.search.plans import Plans, sample_configurations
+from e2lora.search.plans import Plans, checked_configurations
 from e2lora.search.progress import Progress
 from e2lora.search.trials import thin_trial
 from e2lora.tracking import Tracker, default_tracking_uri
@@ -62,9 +62,7 @@ def run_study(
     record = _record_of(study, space, folder)
     require_shared_storage(folder.path.parent)
     plans = Plans(folder)
-    configs = sample_configurations(study)
-    for config in configs:
-        plans.check(config, study)
+    configs = checked_configurations(study, plans)
     folder.path.mkdir(parents=True, exist_ok=True)
     with _held_alone(folder):
         write_json(folder.record_file, record)
