@@ -29,7 +29,7 @@ class Point:
 
     number: int
     system: str
-    r: int
+    r: int | None
     parameters: int
     value: float
     interval: Interval | None
@@ -181,7 +181,7 @@ def _place_labels(
         taken.append(_box((x + next_x) / 2, y, next_x - x, 2 * unit))
     for p, (x, y) in zip(points, pixels, strict=True):
         text = axes.annotate(
-            f"r={p.r}",
+            "" if p.r is None else f"r={p.r}",
             (places[p], p.value),
             xytext=(0, 0),
             textcoords="offset points",

@@ -150,7 +150,7 @@ def _sections(trials: Sequence[Trial], metric: Objective) -> list[Section]:
                     )
                 )
                 baselines.append(result.metrics.get(BASELINE))
-        scored.sort(key=lambda t: (t.system.casefold(), t.r, t.config.training.learning_rate))
+        scored.sort(key=lambda t: (t.system.casefold(), t.r or 0, t.config.training.learning_rate))
         # The baseline is a share of right answers: of no use beside another kind of metric.
         shown = scored and metric.direction == "maximize" and all(t.interval for t in scored)
         baseline = baselines[0] if shown and len(set(baselines)) == 1 else None
@@ -230,7 +230,7 @@ def _csv(trials: Sequence[Trial], sections: Sequence[Section]) -> str:
         t, section = scored.get(result.number, (None, None))
         interval = t.interval if t else None
         writer.writerow(
-            [result.number, result.state, *_cell(config), config.system, config.plan.r]
+            [result.number, result.state, *_cell(config), config.system, config.base_rank]
             + [config.training.learning_rate, config.seed]
             + [result.adapter_parameters, result.head_parameters, result.seconds]
             + [result.metrics.get(name, "") for name in names]

@@ -25,7 +25,7 @@ def _rows(section: Section) -> Iterable[list[str]]:
         yield [
             "*" if t.number in section.front else "",
             t.system,
-            "–" if t.config.adapter.family == "full" else str(t.r),
+            "–" if t.r is None else str(t.r),
             f"{t.config.training.learning_rate:.2g}",
             f"{t.parameters:,}",
             f"{t.value:.4f}{interval}",

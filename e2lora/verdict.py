@@ -43,8 +43,8 @@ class Scored:
         return self.config.system
 
     @property
-    def r(self) -> int:
-        return self.config.plan.r
+    def r(self) -> int | None:
+        return self.config.base_rank
 
     @cached_property
     def averages_outcomes(self) -> bool:
@@ -85,6 +85,11 @@ class Section:
     @property
     def title(self) -> str:
         return f"{self.model} on {self.task}"
+
+    @property
+    def ranks(self) -> list[int]:
+        """The base ranks there are."""
+        return sorted({trial.r for trial in self.trials if trial.r is not None})
 
     @cached_property
     def front(self) -> frozenset[int]:
@@ -128,11 +133,16 @@ class Comparison:
 
 
 def compare(section: Section) -> list[Comparison]:
-    """Every other system against E²LoRA at each base rank that both have, p-values not adjusted."""
+    """Every other system against E²LoRA at each base rank that both have, p-values not adjusted.
+
+    Full fine-tuning has no rank: it stands beside E²LoRA at each.
+    """
     comparisons = []
-    for r in sorted({trial.r for trial in section.trials}):
+    for r in section.ranks:
         reference = section.best(lambda t, r=r: (t.system, t.r) == (REFERENCE, r))  # type: ignore[misc]
-        others = (t for t in section.trials if t.r == r and t.number in section.best_numbers)
+        others = (
+            t for t in section.trials if t.r in (r, None) and t.number in section.best_numbers
+        )
         for other in sorted(others, key=lambda t: t.system.casefold()):
             if reference and other.system != REFERENCE:
                 comparisons.append(_pair(reference, other))
@@ -189,8 +199,8 @@ def write_verdict(sections: Sequence[Section], progress: str, interim: bool) -> 
         lines += _front_lines(section)
         mine = [next(adjusted) for _ in comparisons]
         tested += sum(c.test is not None for c in mine)
-        for r in sorted({trial.r for trial in section.trials}):
-            lines += _rank_lines(section, r, [c for c in mine if c.other.r == r])
+        for r in section.ranks:
+            lines += _rank_lines(section, r, [c for c in mine if c.reference.r == r])
     lines.append("# How to read this")
     lines += [f"- {line}" for line in _caveats(sections, tested, interim)]
     return "\n".join(lines)

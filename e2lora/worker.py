@@ -23,7 +23,7 @@ import torch.distributed as dist
 from e2lora.adapters import FAMILIES
 from e2lora.broker import Attempt
 from e2lora.config import AdapterConfig, GroupSpec, TrialConfig
-from e2lora.models import Base, load_base, weights_fingerprint
+from e2lora.models import Base, load_base, weights_fingerprint, wrapped_modules
 from e2lora.profile import measure_profile
 from e2lora.profile_cache import ProfileCache
 from e2lora.records import Evaluation, TrialFolder, write_json
@@ -63,7 +63,10 @@ class Resident:
     def drop_changed_base(self) -> None:
         """Between jobs the base must be as it was loaded; otherwise the next job loads it anew."""
         base = self._base
-        if base and weights_fingerprint(base.model, skip=base.head) != base.fingerprint:
+        if base and (
+            wrapped_modules(base.model)
+            or weights_fingerprint(base.model, skip=base.head) != base.fingerprint
+        ):
             adapter = self._adapter
             meant = adapter and FAMILIES[adapter.family].touches_base(adapter)
             why = "as its adapter must" if meant else "though it must not: please report it"

@@ -25,6 +25,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="a new folder")
     parser.add_argument("--model", help="base model: local folder or hub name (default: recorded)")
     parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="of the merged model (default: the base's). Rounding to bfloat16 may lose a part of "
+        "what the adapter does; how much is told",
+    )
+    parser.add_argument(
         "--no-verify", action="store_true", help="don't load it again to compare its outputs"
     )
     options = parser.parse_args(arguments)
@@ -41,11 +47,20 @@ def _export(options: argparse.Namespace) -> int:
     from e2lora.text_table import text_table
 
     folder, out = (path.expanduser().resolve() for path in (options.folder, options.out))
-    done = export_adapter(folder, options.form, out, options.model, not options.no_verify)
+    done = export_adapter(
+        folder, options.form, out, options.model, not options.no_verify, options.dtype
+    )
     rows = [[name, f"{size:,}"] for name, size in done.files.items()]
     print(text_table(["file", "bytes"], rows, right=(1,)))
-    compared = "not compared" if done.difference is None else f"max |Δlogit| {done.difference:.2g}"
-    print(f"{done.form}: {done.parameters:,} parameters, {compared}, in {done.folder}")
+    if compared := done.comparison:
+        changes = {"adapter − base": compared.effect, "export − adapter": compared.difference}
+        rows = [
+            [name, f"{change.largest:.2g}", f"{change.root_mean_square:.2g}"]
+            for name, change in changes.items()
+        ]
+        print(text_table(["outputs on a random batch", "max |Δ|", "rms"], rows, right=(1, 2)))
+    told = f"{compared.lost:.2g} of the adapter's effect lost" if compared else "not compared"
+    print(f"{done.form}: {done.parameters:,} parameters, {told}, in {done.folder}")
     for warning in done.warnings:
         print(f"warning: {warning}.", file=sys.stderr)
     return 0

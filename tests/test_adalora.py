@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import AdaLoraConfig, PeftModel, get_peft_model
+from peft.tuners.adalora.layer import RankAllocator
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -30,7 +31,7 @@ from tests.small import small_trial
 from tests.test_train import with_training
 
 INIT_R = 6  # 1.5 R
-SLOTS = ("lora_A", "lora_E", "lora_B")
+TRIPLET = ("lora_A", "lora_E", "lora_B")
 every_kind = pytest.mark.parametrize("kind", ["llama", "gpt2", "t5", "bert"])
 headless = pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])
 
@@ -81,7 +82,7 @@ def test_scale_is_that_of_lora_whatever_the_initial_rank(kind: str, init_ratio: 
     adapted = filled(kind, adalora={"init_ratio": init_ratio})
     base = make_base(kind)
     for path, layer in layers_of(adapted).items():
-        a, e, b = (getattr(layer, slot)["default"] for slot in SLOTS)
+        a, e, b = (getattr(layer, slot)["default"] for slot in TRIPLET)
         assert len(e) == round(init_ratio * R)
         delta = ALPHA / R * (b @ torch.diag(e.flatten()) @ a)
         weight = base.model.get_submodule(path).weight
@@ -116,7 +117,7 @@ def test_tensors_are_shared_by_the_layers_of_a_group_and_by_no_others(sharing: s
         for path, group in adapted.plan.group_of_target().items():
             groups.setdefault(group, []).append(inner.get_submodule(path))
         for layers in groups.values():
-            for slot in SLOTS:
+            for slot in TRIPLET:
                 owner = getattr(layers[0], slot)["default"]
                 assert all(getattr(layer, slot)["default"] is owner for layer in layers)
                 owners.append(owner)
@@ -152,6 +153,78 @@ def test_no_regularisation_no_penalty() -> None:
     assert (
         FAMILIES["adalora"].hooks(adapted.model, adapted.config, training, None).penalty() is None
     )  # type: ignore[arg-type]
+
+
+# ---- in a loop of one's own ---------------------------------------------------------------------
+
+SCHEDULE = {"tinit": 2, "tfinal": 3}
+IDS = KINDS["llama"].inputs["input_ids"]
+
+
+def trained_as_peft_documents(model: Any, steps: int) -> list[float]:
+    optimizer, losses = torch.optim.AdamW(trainable_parameters(model).values(), lr=1e-2), []
+    for step in range(steps):
+        loss = model(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        model.base_model.update_and_allocate(step + 1)
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def tied_by_hand(plan: Any) -> Any:
+    """PEFT's own model of the same plan."""
+    config = AdaLoraConfig(
+        target_modules=list(KINDS["llama"].names),
+        init_r=INIT_R,
+        target_r=R,
+        lora_alpha=ALPHA * INIT_R / R,  # type: ignore[arg-type]
+        total_step=8,
+        **SCHEDULE,  # type: ignore[arg-type]
+    )
+    base = make_base("llama").model
+    torch.manual_seed(1)
+    model: Any = get_peft_model(base, config).eval()
+    owners: dict[Any, Any] = {}
+    for path, group in plan.group_of_target().items():
+        layer = model.get_base_model().get_submodule(path)
+        for slot in TRIPLET:
+            getattr(layer, slot)["default"] = getattr(owners.setdefault(group, layer), slot)[
+                "default"
+            ]
+    model.base_model.rankallocator = RankAllocator(
+        model.base_model.model, model.peft_config["default"], "default"
+    )
+    return model
+
+
+@pytest.mark.parametrize("sharing", ["own", "LSS only"])
+def test_loop_that_peft_documents_does_what_it_does_to_pefts_own_model(
+    sharing: str, tmp_path: Path
+) -> None:
+    adapted = Adapted("llama", sharing, "adalora", adalora=SCHEDULE)
+    adapted.model.peft_config["default"].total_step = 8
+    plain = tied_by_hand(adapted.plan)
+    losses = trained_as_peft_documents(adapted.model, 8)
+    assert losses == pytest.approx(trained_as_peft_documents(plain, 8), rel=1e-6)
+    torch.testing.assert_close(adapted.output(), output_of(plain, "llama"))
+    pattern = adapted.model.peft_config["default"].rank_pattern
+    assert pattern == plain.peft_config["default"].rank_pattern
+    assert sum(map(sum, pattern.values())) == R * len(adapted.plan.groups)
+    loaded = load_adapter(make_base("llama").model, adapted.save(tmp_path / "own")).eval()
+    assert torch.equal(output_of(loaded, "llama"), adapted.output())
+    again = PeftModel.from_pretrained(
+        make_base("llama").model, adapted.save_plain(tmp_path / "plain")
+    )
+    torch.testing.assert_close(output_of(again.eval(), "llama"), adapted.output())
+
+
+def test_until_the_number_of_steps_is_set_no_pruning_is_the_last() -> None:
+    adapted = Adapted("llama", "own", "adalora")
+    trained_as_peft_documents(adapted.model, 3)
+    kept = sum(map(sum, adapted.model.peft_config["default"].rank_pattern.values()))
+    assert kept >= (INIT_R * len(adapted.plan.groups)) - 3
 
 
 # ---- what is left of it ------------------------------------------------------------------------

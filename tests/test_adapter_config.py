@@ -8,9 +8,10 @@ import pytest
 from pydantic import ValidationError
 
 from e2lora.config import (
-    FAMILIES,
+    FAMILY_NAMES,
     PRESETS,
     AdapterConfig,
+    LoraGaOptions,
     LoraPlusOptions,
     LoriOptions,
     PlanConfig,
@@ -25,17 +26,23 @@ def adapter(family: str = "lora", **options: Any) -> AdapterConfig:
     return AdapterConfig(family=family, target_modules=names, **options)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_every_family_has_a_name_and_goes_through_json(family: str) -> None:
     config = adapter(family)
     assert AdapterConfig.model_validate_json(config.model_dump_json()) == config
-    assert config.display_name.startswith(FAMILIES[family])
+    assert config.display_name.startswith(FAMILY_NAMES[family])
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"lori": LoriOptions(keep=0.5)}, r"`lori`.*family 'lori' only.*got family='lora'"),
+        ({"family": "lori", "lori": LoriOptions(keep=0.5)}, r"no effect.*lori\.keep"),
+        ({"projection_seed": 3}, r"no effect.*projection_seed has none with family='lora'"),
+        (
+            {"family": "lora_ga", "lora_ga": LoraGaOptions(scale="unit", stable_gamma=2.0)},
+            r"no effect.*stable_gamma",
+        ),
         ({"init_lora_weights": "loftq"}, r"default, gaussian.*got 'loftq'"),
         ({"init_lora_weights": "pissa_niter_0"}, r"got 'pissa_niter_0'"),
         ({"init_lora_weights": "pissa_niter"}, r"got 'pissa_niter'"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -10,13 +12,25 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from peft import PeftModel
+from peft import (
+    AutoPeftModel,
+    AutoPeftModelForCausalLM,
+    AutoPeftModelForSeq2SeqLM,
+    AutoPeftModelForSequenceClassification,
+    PeftModel,
+)
 from safetensors.torch import load_file
 from torch import Tensor
 
 import e2lora
-from e2lora.adapters import export
-from e2lora.adapters.export import export_adapter, portable_warnings, shortest_endings
+from e2lora.adapters import export, is_head, trainable_parameters
+from e2lora.adapters.export import (
+    export_adapter,
+    portable_warnings,
+    random_batch,
+    shortest_endings,
+)
+from e2lora.adapters.family import layers_of
 from e2lora.records import TrialFolder
 from e2lora.train import Reports, run_trial
 from jobs.export import main
@@ -36,6 +50,7 @@ SYSTEMS = {  # name → sharing, family, options
     "PiSSA": ("own", "lora", {"init_lora_weights": "pissa"}),
     "E²VeRA": ("E²", "vera", {}),
 }
+FULL = {"FFT": ("own", "full", {})}
 PORTABLE = [system for system in SYSTEMS if system != "E²DoRA"]
 TEXT = ("bert", "llama", "gpt2", "t5")
 WITHOUT_RANKS = ("rank_pattern", "alpha_pattern", "use_rslora")
@@ -46,15 +61,26 @@ def _rslora(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SHARINGS, "E² rsLoRA", Sharing({"topology": "e2", "use_rslora": True}))
 
 
-def saved(folder: Path, kind: str, system: str, dtype: torch.dtype = torch.float32) -> Any:
-    """An adapter in ``folder/adapter``, by whose record the base is ``folder/base``."""
-    sharing, family, options = SYSTEMS[system]
+def saved(
+    folder: Path, kind: str, system: str, dtype: torch.dtype = torch.float32, size: float = 1.0
+) -> Any:
+    """An adapter in ``folder/adapter``, by whose record the base is ``folder/base``.
+
+    Args:
+        size: of what training changed, of the head always 1.
+    """
+    sharing, family, options = {**SYSTEMS, **FULL}[system]
     base = make_base(kind)
     base.model.to(dtype).save_pretrained(folder / "base")
     base.model.name_or_path = str(folder / "base")
     adapted = Adapted(kind, sharing, family, base, **options)
     adapted.model.to(dtype)
+    trainable = trainable_parameters(adapted.model)
+    start = {name: parameter.detach().clone() for name, parameter in trainable.items()}
     fill(adapted.model)
+    for name, parameter in trainable.items():
+        if size < 1 and not is_head(name, adapted.model):
+            parameter.data.copy_(start[name] + size * (parameter.data - start[name]))
     e2lora.save(adapted.model, folder / "adapter")
     return adapted
 
@@ -67,6 +93,12 @@ def exported(folder: Path, form: Any, **options: Any) -> Path:
 
 def config_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "adapter_config.json").read_text())
+
+
+def code_of(folder: Path) -> str:
+    """The lines of its card."""
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    return code
 
 
 def read_by_peft(folder: Path, kind: str) -> Tensor:
@@ -127,8 +159,8 @@ def test_merged_model_needs_transformers_alone(kind: str, system: str, tmp_path:
 def test_models_of_images_are_compared_too(kind: str, form: Any, tmp_path: Path) -> None:
     adapted = saved(tmp_path, kind, "E²LoRA")
     done = export_adapter(tmp_path / "adapter", form, tmp_path / "out")
-    assert done.difference is not None
-    assert done.difference < 1e-4 * adapted.output().abs().max().item()
+    assert done.comparison is not None
+    assert done.comparison.difference.largest < 1e-4 * adapted.output().abs().max().item()
 
 
 # ---- how the portable form is written ---------------------------------------------------------
@@ -202,13 +234,164 @@ def test_lines_of_the_card_load_the_export(
 ) -> None:
     adapted = saved(tmp_path, "bert", "E²LoRA")
     folder = exported(tmp_path, form)
-    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    code = code_of(folder)
     assert "e2lora" not in code
     monkeypatch.chdir(folder)
     names: dict[str, Any] = {}
     exec(code, names)
     found = output_of(names["model"].eval(), "bert")
     torch.testing.assert_close(found, adapted.output(), rtol=1e-4, atol=1e-4)
+
+
+AUTO = {
+    "llama": (AutoPeftModelForCausalLM, "CAUSAL_LM"),
+    "gpt2": (AutoPeftModelForCausalLM, "CAUSAL_LM"),
+    "t5": (AutoPeftModelForSeq2SeqLM, "SEQ_2_SEQ_LM"),
+    "bert": (AutoPeftModelForSequenceClassification, "SEQ_CLS"),
+    "vit": (AutoPeftModel, None),
+}
+
+
+@pytest.mark.parametrize("form", ["peft", "portable"])
+@pytest.mark.parametrize("kind", AUTO)
+def test_auto_classes_of_peft_find_base_and_adapter(
+    kind: str, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From another folder than the one in which the base was named."""
+    adapted = saved(tmp_path, kind, "E²LoRA")
+    monkeypatch.chdir(tmp_path)
+    folder = exported(tmp_path, form, model="base")
+    monkeypatch.chdir("/")
+    auto, task = AUTO[kind]
+    found = output_of(auto.from_pretrained(folder).eval(), kind)
+    torch.testing.assert_close(found, adapted.output(), rtol=1e-4, atol=2e-4)
+    assert config_of(folder)["base_model_name_or_path"] == str(tmp_path / "base")
+    if form == "portable":
+        assert config_of(folder)["task_type"] == task
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_others_may_read_what_they_may_of_any_file(form: str, tmp_path: Path) -> None:
+    saved(tmp_path, "llama", "E²LoRA")
+    before = os.umask(0o027)
+    try:
+        folder = exported(tmp_path, form)
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {0o640}
+    assert folder.stat().st_mode & 0o777 == 0o750
+
+
+# ---- how much of the adapter is there ---------------------------------------------------------
+
+
+def outputs_in_float32(folder: Path, kind: str, merged: Path) -> list[Tensor]:
+    """Of the base, the adapter and the merged model, on the batch of the comparison."""
+    base = type(make_base(kind).model).from_pretrained(folder / "base", dtype=torch.bfloat16)
+    adapted = e2lora.load(copy.deepcopy(base), folder / "adapter")
+    read = type(base).from_pretrained(merged)
+    batch = random_batch(base)
+    with torch.no_grad():
+        return [model.eval().float()(**batch)[0].double() for model in (base, adapted, read)]
+
+
+def rms(change: Tensor) -> float:
+    return float(change.square().mean().sqrt())
+
+
+@pytest.mark.parametrize(("size", "warns"), [(1.0, False), (0.01, True)])
+def test_what_rounding_loses_is_measured_by_what_the_adapter_does(
+    size: float, warns: bool, tmp_path: Path
+) -> None:
+    saved(tmp_path, "llama", "E²LoRA", torch.bfloat16, size)
+    done = export_adapter(tmp_path / "adapter", "merged", tmp_path / "out")
+    base, adapted, merged = outputs_in_float32(tmp_path, "llama", tmp_path / "out")
+    effect, difference = adapted - base, merged - adapted
+    assert done.comparison is not None
+    for change, expected in (
+        (done.comparison.effect, effect),
+        (done.comparison.difference, difference),
+    ):
+        assert change.largest == pytest.approx(float(expected.abs().max()), rel=1e-3)
+        assert change.root_mean_square == pytest.approx(rms(expected), rel=1e-3)
+    lost = rms(difference) / rms(effect)
+    assert done.comparison.lost == pytest.approx(lost, rel=1e-3)
+    assert (lost > 0.05) == warns
+    told = f"rounding to bfloat16 loses {lost:.0%} of what the adapter does: merge in float32"
+    assert [told in warning for warning in done.warnings] == [True] * warns
+
+
+def test_adapter_that_rounding_removes_is_refused_and_kept_in_float32(tmp_path: Path) -> None:
+    saved(tmp_path, "llama", "E²LoRA", torch.bfloat16, 1e-4)
+    place = tmp_path / "adapter", "merged"
+    with pytest.raises(ValueError, match=r"nearer to the adapter than.*loses 98%.*--dtype float32"):
+        export_adapter(*place, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    done = export_adapter(*place, tmp_path / "out", dtype="float32")
+    assert done.comparison is not None
+    assert done.comparison.lost < 0.01
+    assert done.warnings == ()
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    base, adapted, merged = outputs_in_float32(tmp_path, "llama", tmp_path / "out")
+    assert rms(merged - adapted) < 0.01 * rms(adapted - base)
+    names: dict[str, Any] = {}
+    exec(code_of(tmp_path / "out").replace('"."', repr(str(tmp_path / "out"))), names)
+    assert names["model"].dtype == torch.float32
+
+
+def test_weights_are_rounded_once(tmp_path: Path) -> None:
+    """W + s B A in float64, then to bfloat16: PEFT in bfloat16 rounds the product first."""
+    adapted = saved(tmp_path, "llama", "E²LoRA", torch.bfloat16)
+    tensors = load_file(exported(tmp_path, "merged") / "model.safetensors")
+    base = make_base("llama").model.to(torch.bfloat16)
+    for path, layer in layers_of(adapted.model, adapted.plan).items():
+        a, b = (getattr(layer, s)["default"].weight.double() for s in ("lora_A", "lora_B"))
+        exact = base.get_submodule(path).weight.double() + layer.scaling["default"] * b @ a
+        written = tensors[f"{path}.weight"]
+        unequal = (written != exact.bfloat16()).float().mean()
+        assert unequal < 0.002, "halfway cases of float32 and float64"
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("system", ["E²LoRA", "PiSSA", "E²VeRA"])
+def test_adapter_that_does_nothing_is_exported(
+    system: str, dtype: torch.dtype, kind: str, tmp_path: Path
+) -> None:
+    """Untrained, but for the head: which is no effect of the adapter."""
+    saved(tmp_path, kind, system, dtype, size=0.0)
+    for form in FORMS:
+        done = export_adapter(tmp_path / "adapter", form, tmp_path / form)
+        assert done.comparison is not None
+        assert done.warnings == () or form == "portable"
+        if system != "PiSSA":
+            assert done.comparison.effect.largest == 0
+    export_adapter(tmp_path / "adapter", "merged", tmp_path / "rounded", dtype="bfloat16")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [0.0, 0.01])
+def test_fully_trained_model_loses_nothing(size: float, dtype: torch.dtype, tmp_path: Path) -> None:
+    saved(tmp_path, "bert", "FFT", dtype, size)
+    done = export_adapter(tmp_path / "adapter", "merged", tmp_path / "out")
+    assert done.comparison is not None
+    assert done.comparison.lost == 0
+    assert (done.comparison.effect.largest > 0) == (size > 0)
+
+
+def test_export_of_nothing_is_noticed_however_little_the_adapter_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where all that it does lies within the tolerance for rounding."""
+    saved(tmp_path, "llama", "E²LoRA", size=1e-5)
+    done = export_adapter(tmp_path / "adapter", "portable", tmp_path / "right")
+    assert done.comparison is not None
+    assert 0 < done.comparison.effect.largest < 3e-4
+    right = export._padded
+    monkeypatch.setattr(export, "_padded", lambda pair, r: [0 * f for f in right(pair, r)])
+    with pytest.raises(ValueError, match="nearer to the adapter than the base"):
+        export_adapter(tmp_path / "adapter", "portable", tmp_path / "out")
 
 
 # ---- refusals ---------------------------------------------------------------------------------
@@ -234,6 +417,43 @@ def test_folder_that_is_there_is_not_written_to(tmp_path: Path) -> None:
     saved(tmp_path, "llama", "E²LoRA")
     with pytest.raises(ValueError, match=r"written to a new folder; .*adapter is there"):
         export_adapter(tmp_path / "adapter", "peft", tmp_path / "adapter")
+
+
+def test_folder_inside_of_the_adapters_is_not_written_to(tmp_path: Path) -> None:
+    saved(tmp_path, "llama", "E²LoRA")
+    with pytest.raises(ValueError, match=r"beside the adapter, not into it; .*adapter/x/y is"):
+        export_adapter(tmp_path / "adapter", "peft", tmp_path / "adapter" / "x" / "y")
+    assert not (tmp_path / "adapter" / "x").exists()
+
+
+def test_folder_that_can_not_be_made_is_refused_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(tmp_path, "llama", "E²LoRA")
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(export, "_loader", None)
+    with pytest.raises(OSError, match=r"would be made in .*file, which.*: Not a dir.*--out"):
+        export_adapter(tmp_path / "adapter", "peft", tmp_path / "file" / "below" / "out")
+
+
+@pytest.mark.parametrize("form", ["peft", "portable"])
+def test_dtype_is_chosen_for_merged_weights_only(form: Any, tmp_path: Path) -> None:
+    saved(tmp_path, "llama", "E²LoRA")
+    with pytest.raises(ValueError, match=r"dtype can be chosen for merged.*got float32"):
+        export_adapter(tmp_path / "adapter", form, tmp_path / "out", dtype="float32")
+
+
+def test_model_of_another_architecture_is_refused_by_its_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(tmp_path, "llama", "E²LoRA")
+    make_base("gpt2").model.save_pretrained(tmp_path / "other")
+    monkeypatch.setattr(export, "_loader", None)
+    told = r"LlamaForCausalLM \(llama\); .*other is another, GPT2LMHeadModel \(gpt2\)"
+    with pytest.raises(ValueError, match=told):
+        export_adapter(
+            tmp_path / "adapter", "peft", tmp_path / "out", model=str(tmp_path / "other")
+        )
 
 
 def test_base_without_a_name_must_be_named_and_be_the_right_one(tmp_path: Path) -> None:
@@ -266,10 +486,8 @@ def test_export_of_another_function_is_noticed_and_not_left(
     with pytest.raises(ValueError, match="must compute what the adapter does"):
         export_adapter(tmp_path / "adapter", "portable", tmp_path / "out")
     assert sorted(tmp_path.iterdir()) == before
-    assert (
-        export_adapter(tmp_path / "adapter", "portable", tmp_path / "out", verify=False).difference
-        is None
-    )
+    unseen = export_adapter(tmp_path / "adapter", "portable", tmp_path / "out", verify=False)
+    assert unseen.comparison is None
 
 
 # ---- a real model, from the command line ------------------------------------------------------
@@ -288,17 +506,23 @@ def test_adapter_of_a_trial_is_exported_by_the_command(
     for form in FORMS:
         assert main([str(place.adapter), "--form", form, "--out", str(tmp_path / form)]) == 0
     told = capsys.readouterr()
-    differences = [float(x) for x in re.findall(r"max \|Δlogit\| (\S+),", told.out)]
-    assert len(differences) == 3
-    assert max(differences) < 1e-4
+    changes = {
+        what: [float(x) for x in re.findall(rf"{what} +(\S+) +\S+\n", told.out)]
+        for what in ("adapter − base", "export − adapter")
+    }
+    assert max(changes["export − adapter"]) < 1e-4 < min(changes["adapter − base"])
+    assert [len(of) for of in changes.values()] == [3, 3]
+    for form in ("peft", "portable"):
+        assert Path(config_of(tmp_path / form)["base_model_name_or_path"], "config.json").is_file()
+        assert "import e2lora" not in code_of(tmp_path / form)
+        assert "resolve" not in code_of(tmp_path / form)
     assert "vLLM and llama.cpp refuse adapters that bring a head" in told.err
 
     batch = data.task.collate(data.validation[:8], base.tokenizer)
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
     monkeypatch.chdir(place.adapter)
-    (code,) = re.findall(r"```python\n(.*?)```", Path("README.md").read_text(), re.DOTALL)
     names: dict[str, Any] = {}
-    exec(code, names)
+    exec(code_of(place.adapter), names)
     merged = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     assert len(transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")) > 30_000
     models = [names["model"], merged]

@@ -389,6 +389,45 @@ def test_engine_trains_like_a_plain_loop_at_every_stage_declared(case: Case) -> 
         require_tied(adapted.model, adapted)
 
 
+@pytest.mark.usefixtures("one_process")
+@over([Case(k, sharings_of(k)[-1], "llama") for k in FAMILIES if 3 in FAMILIES[k].zero_stages])
+def test_losses_at_stage_3_are_those_of_a_plain_loop_where_it_is_declared(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every tensor partitioned, however small."""
+    from e2lora import engine as engines
+
+    partitioned = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    plain_config = engines.deepspeed_config
+    monkeypatch.setattr(
+        engines,
+        "deepspeed_config",
+        lambda training: plain_config(training) | {"zero_optimization": partitioned},
+    )
+    plain, adapted = adapted_as(case), adapted_as(case)
+    for one in (plain, adapted):
+        fill(one.model)
+    expected = steps(plain, plain.model, 3, rate=1e-3)
+    training = TrainConfig(
+        max_steps=3,
+        learning_rate=1e-3,
+        schedule="constant",
+        global_batch_size=1,
+        max_grad_norm=1e9,
+    )
+    engine = engines.Engine(adapted.model, adapted.config, training)
+    losses = []
+    try:
+        for step in range(3):
+            loss = loss_of(engine.module, case.kind)
+            losses.append(loss.item())
+            engine.backward(loss)
+            engine.micro_step(step)
+    finally:
+        engine.close()
+    assert losses == pytest.approx(expected, rel=1e-5)
+
+
 # ---- refusals ---------------------------------------------------------------------------------
 
 

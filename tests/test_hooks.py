@@ -26,11 +26,12 @@ from e2lora.adapters.lori import Lori
 from e2lora.adapters.tensors import MaskedLinear
 from e2lora.config import AdapterConfig, TrainConfig, TrialConfig
 from e2lora.data import step_rows
-from e2lora.engine import learning_rate_factor
+from e2lora.engine import Engine, learning_rate_factor
 from e2lora.models import Base, reset_head, weights_fingerprint
 from e2lora.records import TrialFolder
 from e2lora.tasks import TrialData
 from e2lora.train import Reports, run_trial
+from tests.kinds import Adapted, loss_of, make_base
 from tests.small import small_trial
 from tests.test_train import load_small, plan_of, train_until, with_training
 
@@ -435,6 +436,33 @@ def test_trial_resumed_in_any_phase_equals_an_uninterrupted_one_bit_for_bit(
         left[stop] = trained.losses, trained.evaluations, weights
     assert left[3] == left[7] == left[None]
     assert weights_fingerprint(base.model, skip=base.head) == base.fingerprint
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("family", ["lora_fa", "lori", "vera", "randlora"])
+def test_engine_in_bf16_trains_beside_frozen_projections_as_a_plain_loop_does(family: str) -> None:
+    training = small_trial(precision="bf16", warmup_steps=0, schedule="constant").training
+    sharing, base = "all" if family == "randlora" else "E²", make_base("llama")
+    base.model.to(torch.bfloat16)  # PEFT makes adapters in float32 there, DeepSpeed casts weights
+    adapted, plain = Adapted("llama", sharing, family, base), Adapted("llama", sharing, family)
+    engine = Engine(adapted.model, adapted.config, training)
+    parameters = trainable_parameters(plain.model)
+    optimizer = torch.optim.AdamW(parameters.values(), training.learning_rate, weight_decay=0.0)
+    losses, expected = [], []
+    for step in range(4):
+        loss = loss_of(engine.module, "llama")
+        engine.backward(loss)
+        engine.micro_step(step)
+        plain_loss = loss_of(plain.model, "llama")
+        plain_loss.backward()
+        torch.nn.utils.clip_grad_norm_(list(parameters.values()), training.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        expected.append(plain_loss.item())
+    engine.close()
+    assert max(expected) - min(expected) > 2, "it trains"
+    assert losses == pytest.approx(expected, rel=1e-2)
 
 
 if __name__ == "__main__":

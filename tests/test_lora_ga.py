@@ -204,6 +204,14 @@ def test_loaded_adapter_needs_no_gradients_and_goes_on_identically(
     assert torch.equal(output_of(loaded, "gpt2"), adapted.output())
 
 
+def test_gradients_that_lack_a_target_are_refused_and_name_it() -> None:
+    base, (adapted, gradients) = make_base("llama"), started()
+    lacking = adapted.plan.targets[5].path
+    some = {path: gradient for path, gradient in gradients.items() if path != lacking}
+    with pytest.raises(ValueError, match=rf"lack 1 of 16, such as \['{lacking}'\]"):
+        adapt(base.model, adapted.plan, adapted.config, gradients=some)
+
+
 # ---- the first step ---------------------------------------------------------------------------
 
 

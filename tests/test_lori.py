@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
 
-from e2lora.adapters import count_parameters, require_possible_trial, trainable_parameters
+from e2lora.adapters import (
+    FAMILIES,
+    count_parameters,
+    require_possible_trial,
+    trainable_parameters,
+)
 from e2lora.adapters.lori import largest
 from e2lora.adapters.storage import load_adapter
 from e2lora.adapters.tensors import MaskedLinear, pack_bits, unpack_bits
@@ -165,6 +172,35 @@ def test_peft_alone_loads_it_and_merging_changes_nothing(tmp_path: Path) -> None
     torch.testing.assert_close(output_of(plain, "llama"), expected, rtol=1e-4, atol=1e-4)
     merged = adapted.model.merge_and_unload()
     torch.testing.assert_close(output_of(merged, "llama"), expected, rtol=1e-4, atol=1e-4)
+
+
+# ---- the frozen A ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["lora_fa", "lori"])
+def test_frozen_a_of_each_owner_is_another(family: str) -> None:
+    adapted = Adapted("llama", "own", family)
+    frozen = FAMILIES[family].frozen(adapted.model, "default")
+    assert len(frozen) == len(adapted.plan.targets)
+    for (one, a), (other, b) in combinations(frozen.items(), 2):
+        assert not torch.equal(a, b), (one, other)
+    again = FAMILIES[family].frozen(Adapted("llama", "own", family, torch_seed=2).model, "default")
+    assert all(torch.equal(again[owner], a) for owner, a in frozen.items())
+
+
+@pytest.mark.parametrize("family", ["lora_fa", "lori", "vera", "randlora"])
+def test_folder_whose_random_projections_are_others_is_refused(family: str, tmp_path: Path) -> None:
+    record = Adapted("llama", "own", family).save(tmp_path) / "e2lora.json"
+    told = json.loads(record.read_text())
+    assert len(told["frozen_fingerprint"]) == 16
+    record.write_text(json.dumps(told | {"frozen_fingerprint": "0" * 16}))
+    base = make_base("llama").model
+    with pytest.raises(ValueError, match="projections must be those it was trained with"):
+        load_adapter(base, tmp_path)
+    assert torch.equal(output_of(base, "llama"), output_of(make_base("llama").model, "llama"))
+
+
+# ---- what is refused ---------------------------------------------------------------------------
 
 
 def trial(**training: Any) -> TrialConfig:

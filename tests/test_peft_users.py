@@ -434,3 +434,39 @@ def test_one_target_may_be_named_without_a_list_and_lists_are_taken() -> None:
     model = make_base("llama").model
     assert e2lora.find_targets(model, "q_proj") == e2lora.find_targets(model, ("q_proj",))
     assert e2lora.AdapterConfig(target_modules=["q_proj"]).target_modules == ("q_proj",)
+
+
+def test_failing_adaptation_leaves_the_model_bare_and_its_weights_alone() -> None:
+    base = make_base("llama")
+    made = Adapted("llama", "own", "lora", init_lora_weights="pissa")
+    with pytest.raises(ValueError, match=r"must be there to be taken again"):
+        e2lora.adapt(base.model, made.plan, made.config, initial={})
+    assert weights_fingerprint(base.model) == weights_fingerprint(make_base("llama").model)
+    assert [name for name, _ in base.model.named_modules()] == [
+        name for name, _ in make_base("llama").model.named_modules()
+    ]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Already found a `peft_config`")
+        e2lora.adapt(base.model, made.plan, made.config)
+
+
+def test_head_of_which_the_classifier_is_no_part_leaves_that_alone() -> None:
+    """PEFT would train it."""
+    made = Adapted("bert", "own", "lora")
+    model = e2lora.adapt(make_base("bert").model, made.plan, made.config, ("bert.pooler.dense",))
+    head = [name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name]
+    assert head
+    assert all(".pooler.dense.modules_to_save." in name for name in head)
+
+
+def test_module_that_is_adapted_cannot_be_trained_in_full_too() -> None:
+    made = Adapted("llama", "own", "lora")
+    path = made.plan.targets[0].path
+    with pytest.raises(ValueError, match=rf"not both; \['{path}'\]"):
+        e2lora.adapt(make_base("llama").model, made.plan, made.config, (path,))
+
+
+def test_gradients_that_nothing_starts_from_are_refused() -> None:
+    made = Adapted("llama", "own", "lora")
+    with pytest.raises(ValueError, match="LoRA starts from no gradients"):
+        e2lora.adapt(make_base("llama").model, made.plan, made.config, gradients={})

@@ -65,6 +65,24 @@ FAULTS: dict[str, tuple[Callable[[Path], TrialConfig], tuple[str, ...]]] = {
     ),
     "rank above the weight's size": (lambda _: small_trial(r=385), ("r=385", "384 x 384", "384")),
     "rank above the size, with E²": (lambda _: small_trial("e2", r=385), ("r=385", "384")),
+    "ranks by gradients where the family has its own": (
+        lambda _: with_part(small_trial("e2"), "adapter", family="adalora"),
+        ("AdaLoRA", "allocates its own", "allocation='uniform'"),
+    ),
+    "initial rank above the weight's size": (
+        lambda _: with_part(small_trial(r=300), "adapter", family="adalora"),
+        ("init_r=450", "384 x 384", "Lower r"),
+    ),
+    "gradient of too low a rank to start from": (
+        lambda _: with_part(small_trial(r=200), "adapter", family="lora_ga"),
+        ("LoRA-GA", "200", "384"),
+    ),
+    "initialisation from a layer's weight for several": (
+        lambda _: with_part(
+            small_trial("blocks", block_size=2), "adapter", init_lora_weights="pissa"
+        ),
+        ("'pissa'", "layers [0, 1]", "topology 'none'"),
+    ),
     "block longer than the stack": (
         lambda _: small_trial("blocks", block_size=7),
         ("block_size=7", "6 layers"),

@@ -245,7 +245,7 @@ def test_second_adapter_that_would_need_other_bases_is_refused(
     model = adapt(base.model, make_plan(base, config, {"topology": "none"}), config)
     other = config.model_copy(update={"target_modules": names})
     plan = make_plan(make_base("llama"), other, {"topology": "none"}, **options)
-    with pytest.raises(ValueError, match=rf"one set of bases.*\(32, 8, 4\).*{shape}.*of its own"):
+    with pytest.raises(ValueError, match=rf"of RandLoRA .*\(32, 8, 4\).*{shape}.*of its own"):
         adapt(model, plan, other, adapter_name="other")
     assert list(model.peft_config) == ["default"]
 

@@ -113,9 +113,12 @@ class MadeUpStudy:
     ) -> int:
         """A trial with these outcomes; its accuracy is their mean unless ``metrics`` are given."""
         number, self.num_trials = self.num_trials, self.num_trials + 1
-        options = {key: value for key, value in topology.items() if key != "a_scope"}
+        options = {k: v for k, v in topology.items() if k not in ("a_scope", "family")}
+        family = topology.get("family", "lora")
         adapter = AdapterConfig(
-            target_modules=("query", "value"), a_scope=topology.get("a_scope", "interval")
+            family=family,
+            target_modules=() if family == "full" else ("query", "value"),
+            a_scope=topology.get("a_scope", "interval"),
         )
         config = TrialConfig(
             model=model,
@@ -135,7 +138,7 @@ class MadeUpStudy:
             number=number,
             state="failed" if error else "complete",
             metrics=metrics or {},
-            adapter_parameters=count_adapter_parameters(plan, adapter),
+            adapter_parameters=count_adapter_parameters(plan, adapter) or 22_713_216,
             head_parameters=770,
             seconds=80.0 + number,
             attempts=1,
@@ -391,3 +394,18 @@ def test_metric_is_the_first_to_maximize_besides_the_size() -> None:
 def test_folder_without_a_study_is_refused_with_its_path(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nothing here"):
         render_report(StudyFolder(tmp_path, "nothing here"))
+
+
+def test_full_fine_tuning_has_no_rank_and_stands_beside_e2lora_at_each(study: MadeUpStudy) -> None:
+    for r in (4, 8):
+        study.add({"topology": "e2"}, r=r, outcomes=right(300))
+    for r, n in ((4, 310), (16, 305)):
+        study.add({"family": "full"}, r=r, outcomes=right(n))
+    report = render_report(study.folder)
+    rows = [line for line in report.table.splitlines() if " FFT " in line]
+    assert len(rows) == 2
+    assert all(line.split("FFT")[1].split()[0] == "–" for line in rows)
+    compared = [line for line in report.verdict.splitlines() if line.startswith("- FFT")]
+    assert len(compared) == 2, "with E²LoRA at 4 and at 8"
+    assert all("best of 2; 22,713,216 parameters; 0.7750" in line for line in compared)
+    assert "Base rank 16" not in report.verdict

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import e2lora
-from e2lora.adapters import trainable_parameters
+from e2lora.adapters import count_parameters, trainable_parameters
+from e2lora.adapters.adalora import set_kept_ranks
 from e2lora.adapters.storage import read_folder, save_adapter
+from e2lora.adapters.tensors import MaskedLinear
 from e2lora.config import ModelConfig, TextClassificationConfig, TrainConfig, TrialConfig
 from e2lora.models import weights_fingerprint
 from e2lora.records import Evaluation
@@ -52,6 +55,12 @@ def trial_of(adapted: Any) -> TrialConfig:
         training=TrainConfig(max_steps=100, learning_rate=3e-3),
         seed=11,
     )
+
+
+def rows_of(folder: Path) -> dict[str, str]:
+    """Of the card's first table."""
+    card = (folder / "README.md").read_text()
+    return dict(re.findall(r"^\| ([^|`]*[^| ]) \| ([^|]*) \|$", card, re.MULTILINE))
 
 
 # ---- how large --------------------------------------------------------------------------------
@@ -141,6 +150,76 @@ def test_card_of_a_trial_tells_what_was_trained_and_how_it_went(tmp_path: Path) 
     assert 'revision="abc",\n    num_labels=3,\n    layer_drop=0.1,' in card
 
 
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("lora", {"init_lora_weights": "pissa"}),
+        ("lora", {"init_lora_weights": "olora"}),
+        ("lora_ga", {}),
+        ("lori", {"lori": {"mask_after": 3, "keep": 0.2}}),
+        ("adalora", {}),
+    ],
+)
+def test_card_counts_what_was_trained_whatever_is_stored(
+    family: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    """What a started family took from the base lies there, too; masked and pruned values don't."""
+    sharing = "own" if "init_lora_weights" in options else "LSS only"
+    adapted = saved(tmp_path, sharing=sharing, family=family, **options)
+    count = count_parameters(adapted.model)[0]
+    rows = rows_of(tmp_path)
+    assert rows["trained parameters"].startswith(f"{count:,}, ")
+    assert "kept of these" not in rows, "nothing was masked or pruned yet"
+    assert rows.get("adapter", "") == {
+        "pissa": "init_lora_weights pissa",
+        "olora": "init_lora_weights olora",
+        "lori": "mask_after 3, keep 0.2",
+    }.get(options.get("init_lora_weights", family), "")
+
+
+def test_card_says_what_masking_kept(tmp_path: Path) -> None:
+    adapted = trained("bert", "LSS only", "lori", lori={"mask_after": 3, "keep": 0.2})
+    kept = 0
+    for module in adapted.model.modules():
+        if isinstance(module, MaskedLinear):
+            module.mask.copy_(torch.arange(module.mask.numel()).reshape(module.mask.shape) % 5 == 0)
+    for mask in {m.mask for m in adapted.model.modules() if isinstance(m, MaskedLinear)}:
+        kept += int(mask.sum())
+    e2lora.save(adapted.model, tmp_path)
+    assert rows_of(tmp_path)["kept of these"] == f"{kept:,} (20%)"
+
+
+def test_card_says_which_ranks_pruning_kept(tmp_path: Path) -> None:
+    """Of each group's 6 the first two, and of one group none."""
+    adapted = trained("bert", "LSS only", "adalora")
+    groups = adapted.plan.group_of_target()
+    some, none = torch.arange(6) < 2, torch.zeros(6, dtype=torch.bool)
+    kept = {path: none if g == adapted.plan.groups[0] else some for path, g in groups.items()}
+    set_kept_ranks(adapted.model, "default", kept)
+    e2lora.save(adapted.model, tmp_path)
+    number = len(adapted.plan.groups)
+    values = (number - 1) * 2 * (32 + 32 + 1)
+    share = values / count_parameters(adapted.model)[0]
+    told = f"{values:,} ({share:.0%}), {2 * (number - 1)} of {6 * number} ranks"
+    assert rows_of(tmp_path)["kept of these"] == told
+
+
+def test_card_says_what_differs_from_defaults(tmp_path: Path) -> None:
+    saved(tmp_path, sharing="ShareLoRA-A", lora_dropout=0.25)
+    assert rows_of(tmp_path)["adapter"] == "a_scope type, lora_dropout 0.25"
+
+
+def test_others_may_read_what_they_may_of_any_file(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        saved(tmp_path / "adapter")
+    finally:
+        os.umask(before)
+    modes = {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / "adapter").iterdir()}
+    assert len(modes) == 4
+    assert set(modes.values()) == {0o640}
+
+
 @pytest.mark.parametrize("kind", ["bert", "llama", "vit"])
 @pytest.mark.parametrize("family", ["lora", "lora_fa"])
 def test_lines_of_the_card_load_the_adapter(
@@ -191,8 +270,10 @@ def test_truncated_part_is_refused_and_the_base_left_alone(
     content = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(content[: int(share * len(content))])
     base = make_base("bert")
-    with pytest.raises(ValueError, match=r"must be whole.*take another copy"):
+    with pytest.raises(ValueError, match=rf"{re.escape(name)} is not: it is truncated") as caught:
         e2lora.load(base.model, tmp_path)
+    assert ".." not in str(caught.value)
+    assert str(caught.value).endswith(". Unless you edited it, take another copy.")
     assert weights_fingerprint(base.model, skip=base.head) == base.fingerprint
     assert not [path for path, _ in base.model.named_modules() if "lora" in path]
 
@@ -217,6 +298,41 @@ def test_weights_that_do_not_fit_are_refused_and_the_base_is_bare_again(
         e2lora.load(base.model, tmp_path)
     assert not [path for path, _ in base.model.named_modules() if "lora" in path]
     assert weights_fingerprint(base.model, skip=base.head) == base.fingerprint
+
+
+def edit_record(folder: Path, **adapter: Any) -> None:
+    record = json.loads((folder / "e2lora.json").read_text())
+    record["adapter"].update(adapter)
+    (folder / "e2lora.json").write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize(
+    ("own", "family", "name"),
+    [
+        ("lora", "dora", "DoRA"),
+        ("lora", "adalora", "AdaLoRA"),
+        ("dora", "lora", "LoRA"),
+        ("lora", "vera", "VeRA"),
+        ("lora", "lora_fa", "LoRA-FA"),
+    ],
+)
+def test_record_of_another_family_than_its_weights_is_named(
+    own: str, family: str, name: str, tmp_path: Path
+) -> None:
+    saved(tmp_path, sharing="LSS only", family=own)
+    edit_record(tmp_path, family=family)
+    base = make_base("bert")
+    with pytest.raises(ValueError, match=rf"(as weights of|names) {name}[, ].*is damaged"):
+        e2lora.load(base.model, tmp_path)
+    assert weights_fingerprint(base.model, skip=base.head) == base.fingerprint
+
+
+def test_record_with_a_wrong_value_says_where(tmp_path: Path) -> None:
+    saved(tmp_path)
+    edit_record(tmp_path, lora_dropout=7.0)
+    with pytest.raises(ValueError, match=r"e2lora\.json is not.*lora_dropout.*got 7") as caught:
+        e2lora.load(make_base("bert").model, tmp_path)
+    assert ".." not in str(caught.value)
 
 
 def test_base_in_another_type_is_told_from_another_base(tmp_path: Path) -> None:

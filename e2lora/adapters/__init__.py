@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from e2lora.adapters.adalora import AdaLora
-from e2lora.adapters.family import DEFAULT_NAME, Family, Request
+from e2lora.adapters.family import DEFAULT_NAME, Family, Request, put_back
 from e2lora.adapters.full import Full, FullyTrained
 from e2lora.adapters.lora import Dora, Lora, LoraFa, LoraPlus
 from e2lora.adapters.lora_ga import LoraGa
@@ -74,7 +74,9 @@ def adapt(
         )
     config = config or AdapterConfig(target_modules=tuple(t.path for t in plan.targets))
     family = FAMILIES[config.family]
-    _require_names(model, head, adapter_name)
+    if gradients is not None and not family.needs_gradients:
+        raise ValueError(f"{family.name} starts from no gradients; got some. Leave them out.")
+    _require_names(model, plan, head, adapter_name)
     left = family.left_to_the_loop(config)
     if left and not in_loop:
         warnings.warn(
@@ -89,7 +91,13 @@ def adapt(
     require_plan_fits(plan, find_targets(model, config.target_modules))
     touched = weights_fingerprint(model, skip=head) if family.touches_base(config) else None
     request = Request(plan, config, head, adapter_name, gradients, initial)
-    adapted = family.build(model, request)
+    is_bare = not hasattr(model, "get_base_model")
+    try:
+        adapted = family.build(model, request)
+    except BaseException:
+        if is_bare:  # on a PEFT model PEFT takes back what it did
+            put_back(model)
+        raise
     counted = count_parameters(adapted)[0]
     expected = count_adapter_parameters(plan, config)
     assert expected in (None, counted), f"adapter has {counted} parameters, its plan {expected}"
@@ -97,7 +105,7 @@ def adapt(
     return adapted
 
 
-def _require_names(model: Any, head: Sequence[str], adapter_name: str) -> None:
+def _require_names(model: Any, plan: SharingPlan, head: Sequence[str], adapter_name: str) -> None:
     if not adapter_name or "." in adapter_name:
         raise ValueError(
             f"an adapter's name is part of module names, without a dot; got {adapter_name!r}."
@@ -110,6 +118,12 @@ def _require_names(model: Any, head: Sequence[str], adapter_name: str) -> None:
         raise ValueError(
             f"`head` must be a sequence of module names of the model, such as {top}; got "
             f"{unknown or head!r}. Correct it."
+        )
+    adapted = sorted(set(head) & {target.path for target in plan.targets})
+    if adapted:
+        raise ValueError(
+            f"a module is adapted or trained in full, not both; {adapted} are in `head` and in the "
+            "plan. Take them out of one."
         )
 
 

@@ -9,6 +9,11 @@ PEFT's allocator reads ``p.grad`` after the optimizer's step, where DeepSpeed ha
 hooks hold each gradient over the step. They take it before clipping: a rank's importance shall not
 depend on the size of its step. PEFT's orthogonal regularisation, which it adds where a model
 returns a loss, is the hooks' penalty.
+
+In a loop of one's own PEFT's documented calls do the same: set
+``model.peft_config[name].total_step``, train on the loss that the model returns for labels, and
+call ``model.base_model.update_and_allocate(step)`` after the optimizer's step ``step`` (from 1),
+before ``zero_grad``. There `tinit` and `tfinal` are 0 unless the configuration gives them.
 """
 
 from __future__ import annotations
@@ -27,15 +32,18 @@ from e2lora.adapters.family import (
     Hooks,
     Request,
     common_options,
-    first_targets,
     inject,
     layers_of,
+    share_first,
 )
 from e2lora.adapters.tensors import pack_bits, unpack_bits
 from e2lora.config import AdaLoraOptions, AdapterConfig, TrainConfig, TrialConfig
 from e2lora.plan import SharingPlan
 
-SLOTS = ("lora_A", "lora_E", "lora_B")
+TRIPLET = ("lora_A", "lora_E", "lora_B")
+UNKNOWN_STEPS = 2**31
+"""So far away that until the number of steps is set, no step is the last to prune, or after it."""
+
 KEPT = "kept"
 """The end of the stored name of a mask of ranks, beside those of A, E and B."""
 
@@ -97,7 +105,7 @@ class AdaLora(Family):
         return initial_rank(plan, config) * sum(sizes[g.module_type] for g in plan.groups)
 
     def left_to_the_loop(self, config: AdapterConfig) -> str:
-        return "ranks are to be pruned after each step, by the gradients"
+        return "ranks are to be pruned after each step, as by PEFT's `update_and_allocate`"
 
     def build(self, model: Any, request: Request) -> Any:
         from peft import AdaLoraConfig
@@ -116,7 +124,9 @@ class AdaLora(Family):
             beta1=config.adalora.beta1,
             beta2=config.adalora.beta2,
             orth_reg_weight=config.adalora.orth_reg_weight,
-            total_step=1,  # PEFT wants a number; the hooks know it
+            tinit=config.adalora.tinit or 0,
+            tfinal=config.adalora.tfinal or 0,
+            total_step=UNKNOWN_STEPS,  # PEFT wants a number; whoever trains knows it
         )
         adapted = inject(model, plan, peft_config, name)
         tie(adapted, plan, name)
@@ -136,7 +146,7 @@ class AdaLora(Family):
         """Of each group the ranks that it kept, and which they are."""
         packed = dict(tensors)
         for layer, kept in kept_ranks(adapted, name).items():
-            a, e, b = (f"{layer}.{slot}" for slot in SLOTS)
+            a, e, b = (f"{layer}.{slot}" for slot in TRIPLET)
             if e not in tensors:  # of a layer that shares another's
                 continue
             packed[f"{layer}.{KEPT}"] = pack_bits(kept)
@@ -156,7 +166,7 @@ class AdaLora(Family):
         tensors = {key: tensor for key, tensor in stored.items() if not key.endswith(f".{KEPT}")}
         pattern = {}
         for layer in [k.removesuffix(f".{KEPT}") for k in stored.keys() - tensors.keys()]:
-            a, e, b = (f"{layer}.{slot}" for slot in SLOTS)
+            a, e, b = (f"{layer}.{slot}" for slot in TRIPLET)
             if not {a, e, b} <= shapes.keys():
                 continue  # a damaged folder: whoever compares names will say so
             kept = pattern[layer] = unpack_bits(stored[f"{layer}.{KEPT}"], shapes[e][:1])
@@ -170,7 +180,7 @@ class AdaLora(Family):
 
     def factors(self, layer: Any, name: str) -> Factors:
         """Of the ranks that are not zero; of one at least."""
-        a, e, b = (getattr(layer, slot)[name] for slot in SLOTS)
+        a, e, b = (getattr(layer, slot)[name] for slot in TRIPLET)
         kept = e.flatten() != 0
         kept[0] |= ~kept.any()
         scale = layer.scaling[name] / (float(layer.ranknum[name]) + 1e-5)
@@ -187,7 +197,7 @@ class AdaLoraHooks(Hooks):
         self.parameters: dict[str, Any] = {  # by PEFT's names, each shared one once
             name: parameter
             for name, parameter in adapted.base_model.model.named_parameters()
-            if any(name.endswith(f".{slot}.{DEFAULT_NAME}") for slot in SLOTS)
+            if any(name.endswith(f".{slot}.{DEFAULT_NAME}") for slot in TRIPLET)
         }
         names = {parameter: name for name, parameter in adapted.named_parameters()}
         self.handle_names = {name: names[p] for name, p in self.parameters.items()}
@@ -280,9 +290,7 @@ def tie(adapted: Any, plan: SharingPlan, name: str) -> None:
     layers = layers_of(adapted, plan)
     for layer in layers.values():
         layer.ranknum[name].requires_grad_(False)
-    for path, first in first_targets(plan).items():
-        for slot in SLOTS:
-            getattr(layers[path], slot)[name] = getattr(layers[first.path], slot)[name]
+    share_first(layers, plan, name, TRIPLET)
 
 
 def kept_ranks(adapted: Any, name: str) -> dict[str, Tensor]:

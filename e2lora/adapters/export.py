@@ -43,7 +43,8 @@ VLLM_RANKS = (16, 32, 64, 128, 256, 320, 512)  # that --max-lora-rank takes; 16 
 ADAPTER_FILE = "adapter_model.safetensors"
 
 Dtype = Literal["float32", "bfloat16"]
-MUCH = 0.05  # of what the adapter does; more is told when it is lost
+MUCH, NEARLY_ALL = 0.05, 0.9
+"""Shares of what the adapter does: from which on it is told that they are lost, or refused."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,7 @@ def export_adapter(
         )
     _require_place(out, folder)
     base = _named(record.base, model)
+    assert base.model is not None
     written = dtype or base.dtype
     if model is not None:
         _require_architecture(base)
@@ -137,7 +139,8 @@ def export_adapter(
         place = Path(passing) / "export"
         if form == "peft":
             config = adapted.peft_config[DEFAULT_NAME]
-            config.base_model_name_or_path, config.revision = _name(base), _revision(base)
+            config.base_model_name_or_path = base.model.name
+            config.revision = base.model.revision
             adapted.save_pretrained(place, save_embedding_layers=False)
         elif form == "portable":
             dtypes = {tensor.dtype for tensor in stored.values() if tensor.is_floating_point()}
@@ -147,7 +150,7 @@ def export_adapter(
             _merged(adapted, dtype).save_pretrained(place)
             if tokenizer is not None:
                 tokenizer.save_pretrained(place)
-        write_text(place / CARD, export_card(record, _located(base), plan, form, written))
+        write_text(place / CARD, export_card(record, base, plan, form, written))
         del adapted
         comparison = None
         if batch is not None:
@@ -158,8 +161,7 @@ def export_adapter(
             is_started = any(name.startswith(INITIAL) for name in stored)
             started = base.dtype if is_started else "float32"
             rounded = written if form == "merged" else started
-            size = float(expected.abs().max())
-            warnings += _judge(comparison, size, rounded, started)
+            warnings += _judge(comparison, float(expected.abs().max()), rounded, started)
         _let_others_read(place)
         if out.exists():
             out.rmdir()
@@ -261,6 +263,7 @@ def _write_portable(
             tensors[f"base_model.model.{module}.{key}"] = tensor
     written = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
     own = adapted.peft_config[DEFAULT_NAME]
+    assert base.model is not None
     task_type = own.task_type or task_type_of(inner)
     config = LoraConfig(
         r=r,
@@ -268,9 +271,9 @@ def _write_portable(
         target_modules=shortest_endings(inner, list(factors)),
         modules_to_save=list(record.head) or None,
         fan_in_fan_out=bool(getattr(own, "fan_in_fan_out", False)),
-        task_type=task_type,  # type: ignore[arg-type]
-        base_model_name_or_path=_name(base),
-        revision=_revision(base),
+        task_type=task_type,
+        base_model_name_or_path=base.model.name,
+        revision=base.model.revision,
         inference_mode=True,
     )
     architecture = {
@@ -358,34 +361,20 @@ def _ends(path: str, ending: str) -> bool:
 
 
 def _named(base: BaseRecord, model: str | None) -> BaseRecord:
-    """The record with the model to take, the given one or its own."""
+    """The record with the model to take, the given one or its own: where it lies, for a name that
+    means the same in every folder and to other programs.
+    """
+    config = base.model
     if model is not None:
-        overrides = base.model.config_overrides if base.model else {}
-        return base.model_copy(
-            update={"model": ModelConfig(name=model, config_overrides=overrides)}
-        )
-    if base.model is None:
+        overrides = config.config_overrides if config else {}
+        config = ModelConfig(name=model, config_overrides=overrides)
+    if config is None:
         raise ValueError(
             f"the adapter's record doesn't name its base model, a {base.architecture}. Name it "
             "with --model."
         )
-    return base
-
-
-def _located(base: BaseRecord) -> BaseRecord:
-    """With a name that means the same in every folder and without this project."""
-    assert base.model is not None
-    located = base.model.model_copy(update={"name": resolve(base.model.name)})
+    located = config.model_copy(update={"name": resolve(config.name)})
     return base.model_copy(update={"model": located})
-
-
-def _name(base: BaseRecord) -> str | None:
-    model = _located(base).model
-    return model.name if model else None
-
-
-def _revision(base: BaseRecord) -> str | None:
-    return base.model.revision if base.model else None
 
 
 def _require_architecture(base: BaseRecord) -> None:
@@ -398,7 +387,7 @@ def _require_architecture(base: BaseRecord) -> None:
 
     assert base.model is not None
     try:
-        config = AutoConfig.from_pretrained(resolve(base.model.name))
+        config = AutoConfig.from_pretrained(base.model.name)
     except (OSError, ValueError):
         return  # loading it says what is wrong
     wanted = _class_of(base).config_class.model_type
@@ -499,30 +488,27 @@ def _judge(comparison: Comparison, size: float, rounded: str, started: str) -> l
     Raises:
         ValueError: more differs than rounding explains, or as much as the adapter does.
     """
-    effect, difference, lost = comparison.effect, comparison.difference, comparison.lost
+    difference, lost = comparison.difference, comparison.lost
     explained = _eps(rounded) ** 0.5 * size
-    has_effect = effect.largest > _eps(started) ** (2 / 3) * size
-    explains = has_effect and rounded != "float32"  # then the effect is the measure
-    if not explains and not difference.largest <= explained:
+    has_effect = comparison.effect.largest > _eps(started) ** (2 / 3) * size
+    if not (has_effect and rounded != "float32") and not difference.largest <= explained:
         raise ValueError(
             "an export must compute what the adapter does; on a random batch its outputs differ "
             f"by up to {difference.largest:.2g}, where rounding of {rounded} explains "
             f"{explained:.2g}. Nothing was written. Please report it, with the adapter's "
             "e2lora.json."
         )
-    remedy = ""
+    if not has_effect:
+        return []
+    told = f"rounding to {rounded} loses {lost:.0%} of what the adapter does"
     if rounded != "float32":
-        remedy = ": merge in float32 by --form merged --dtype float32"
-    if has_effect and not lost < 1:
+        told += ": merge in float32 by --form merged --dtype float32"
+    if not lost < NEARLY_ALL:
         raise ValueError(
             "an export must be nearer to the adapter than the base model is; on a random batch "
-            f"its outputs differ from the adapter's by {difference.root_mean_square:.2g} (root "
-            f"mean square), those of the base by {effect.root_mean_square:.2g}, and {rounded} "
-            f"holds no more{remedy}. Nothing was written."
+            f"{told}. Nothing was written."
         )
-    if has_effect and lost > MUCH:
-        return [f"rounding to {rounded} loses {lost:.0%} of what the adapter does{remedy}"]
-    return []
+    return [told] if lost > MUCH else []
 
 
 def _eps(dtype: str) -> float:

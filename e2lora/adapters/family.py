@@ -9,7 +9,8 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from e2lora.config import FAMILIES, AdapterConfig, PlanConfig, TrainConfig, TrialConfig
+from e2lora.config import FAMILY_NAMES, AdapterConfig, PlanConfig, TrainConfig, TrialConfig
+from e2lora.models import wrapped_modules
 from e2lora.moments import Target
 from e2lora.plan import SharingPlan
 from e2lora.targets import is_transposed
@@ -121,7 +122,7 @@ class Family:
 
     @property
     def name(self) -> str:
-        return FAMILIES[self.key]
+        return FAMILY_NAMES[self.key]
 
     def left_to_the_loop(self, config: AdapterConfig) -> str:
         """What of the method only this project's training loop does; "" if nothing is."""
@@ -255,13 +256,23 @@ def common_options(model: Any, request: Request) -> dict[str, Any]:
     """Options that all of PEFT's configurations take."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     is_classifier = type(inner).__name__.endswith("ForSequenceClassification")
+    # PEFT trains these of a SEQ_CLS model whether it is told to or not
+    trains_classifier = bool({"classifier", "score"} & set(request.head))
     paths = [target.path for target in request.plan.targets]
     return {
-        "task_type": "SEQ_CLS" if is_classifier and request.head else None,  # trains `classifier`
+        "task_type": "SEQ_CLS" if is_classifier and trains_classifier else None,
         "target_modules": paths,
         "modules_to_save": list(request.head) or None,
         "fan_in_fan_out": any(is_transposed(base_layer(inner, path)) for path in paths),
     }
+
+
+def put_back(model: Any) -> None:
+    """Take out what PEFT has put around a model's modules, where it failed half-way."""
+    for path, below in sorted(wrapped_modules(model).items(), reverse=True):
+        parent, _, last = path.rpartition(".")
+        setattr(model.get_submodule(parent), last, getattr(model.get_submodule(path), below))
+    vars(model).pop("peft_config", None)  # or PEFT takes the model for an adapted one
 
 
 def base_layer(model: Any, path: str) -> Any:
@@ -286,14 +297,41 @@ def first_targets(plan: SharingPlan) -> dict[str, Target]:
     }
 
 
-def share_first(layers: Mapping[str, Any], plan: SharingPlan, name: str) -> None:
+def share_first(
+    layers: Mapping[str, Any], plan: SharingPlan, name: str, slots: Sequence[str] | None = None
+) -> None:
     """Give each of PEFT's layers the trained tensors that the first of its group has.
 
-    For layers that hold them as parameters, one per adapter in each of ``adapter_layer_names``.
+    For layers that hold them as parameters, one per adapter in each of ``slots``: by default
+    ``adapter_layer_names``.
     """
     for path, first in first_targets(plan).items():
-        for slot in layers[path].adapter_layer_names:
+        for slot in slots or layers[path].adapter_layer_names:
             getattr(layers[path], slot)[name] = getattr(layers[first.path], slot)[name]
+
+
+def require_same_projections(
+    family: str, model: Any, needed: Mapping[str, tuple[int, ...]]
+) -> None:
+    """All adapters of a family in a model use one set of frozen projections, whose numbers depend
+    on its shape.
+
+    Args:
+        needed: PEFT's name of a projection → the shape that a further adapter needs.
+
+    Raises:
+        ValueError: the model has one of another shape.
+    """
+    for slot, shape in needed.items():
+        present = getattr(getattr(model, "base_model", None), slot, None)
+        for projection in present.values() if present else ():
+            if tuple(projection.shape) != shape:
+                raise ValueError(
+                    f"adapters of {family} in one model use one set of projections, so their "
+                    "largest ranks and largest weights must agree; the model has a "
+                    f"{slot} of {tuple(projection.shape)}, this adapter needs {shape}. Put it into "
+                    "a model of its own."
+                )
 
 
 def take_back_any_head(adapted: Any) -> None:

@@ -33,11 +33,32 @@ class FullyTrained(nn.Module):
     def get_base_model(self) -> Any:
         return self.model
 
-    def unload(self) -> Any:
-        """The model as it is now: its first weights are gone."""
-        return self.model
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Trained, and all."""
+        sizes = {True: 0, False: 0}
+        for parameter in self.parameters():
+            sizes[parameter.requires_grad] += parameter.numel()
+        return sizes[True], sum(sizes.values())
 
-    merge_and_unload = unload
+    def print_trainable_parameters(self) -> None:
+        trained, everything = self.get_nb_trainable_parameters()
+        print(
+            f"trainable params: {trained:,} || all params: {everything:,} || "
+            f"trainable%: {100 * trained / everything:.4f}"
+        )
+
+    def unload(self) -> Any:
+        """The model as it is now, frozen as PEFT leaves it: its first weights are gone."""
+        return self.model.requires_grad_(False)
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: Sequence[str] | None = None,
+    ) -> Any:
+        """As :meth:`unload`: there is nothing to merge, so PEFT's options have no effect."""
+        return self.unload()
 
     def save_pretrained(self, folder: str | Path, **options: Any) -> None:
         self.model.save_pretrained(folder, **options)

@@ -1,4 +1,4 @@
-"""LoRA and what differs from it by a configuration: DoRA, LoRA+, LoRA-FA, LoRI-D.
+"""LoRA and what differs from it by a configuration: DoRA, LoRA+, LoRA-FA.
 
 ``y = W x + (α/r) B A x``. PEFT builds one A and one B per layer at the plan's ranks; then every
 layer is given the module of its scope's owner, so that a shared tensor *is* one parameter. A tensor
@@ -34,7 +34,7 @@ from e2lora.adapters.tensors import (
 from e2lora.config import AdapterConfig, PlanConfig, Scope, fingerprint_of
 from e2lora.plan import Group, SharingPlan
 
-SLOTS = {"A": 0, "B": 1}
+RANK_DIM = {"A": 0, "B": 1}
 """LoRA's two tensors → the dimension along which the rank lies."""
 
 IN_ONE_LAYER = ("pissa", "olora")
@@ -265,7 +265,7 @@ def tie(adapted: Any, request: Request, freeze_a: bool = False) -> None:
     """
     plan, config, name = request.plan, request.config, request.name
     layers, groups = layers_of(adapted, plan), plan.group_of_target()
-    for slot, dim in SLOTS.items():
+    for slot, dim in RANK_DIM.items():
         scope: Scope = config.a_scope if slot == "A" else config.b_scope
         members: dict[Any, list[str]] = {}
         for path, group in groups.items():

@@ -24,6 +24,7 @@ from e2lora.adapters.family import (
     common_options,
     inject,
     layers_of,
+    require_same_projections,
     share_first,
     take_back_any_head,
 )
@@ -68,7 +69,7 @@ class RandLora(Family):
 
     def build(self, model: Any, request: Request) -> Any:
         plan, name = request.plan, request.name
-        _require_same_bases(model, plan)
+        require_same_projections(self.name, model, {"randlora_B": _shape(plan)})
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Specified to not save basis_A", UserWarning)
             peft_config = self.peft_config(model, request)
@@ -96,16 +97,8 @@ class RandLora(Family):
         return {"A": tuner.randlora_A[name], "B": tuner.randlora_B[name]}
 
 
-def _require_same_bases(model: Any, plan: SharingPlan) -> None:
-    """All adapters of a model use one set of bases, whose numbers depend on its shape."""
-    present = getattr(getattr(model, "base_model", None), "randlora_B", None)
+def _shape(plan: SharingPlan) -> tuple[int, int, int]:
+    """Of all bases B."""
     sizes = [max(t.in_features for t in plan.targets), max(t.out_features for t in plan.targets)]
     r = plan.groups[0].r
-    shape = (max(sizes), math.ceil(min(sizes) / r), r)
-    for bases in present.values() if present else ():
-        if tuple(bases.shape) != shape:
-            raise ValueError(
-                "adapters of RandLoRA in one model use one set of bases, so their ranks and "
-                f"largest weights must agree; the model has a randlora_B of {tuple(bases.shape)}, "
-                f"this adapter needs {shape}. Put it into a model of its own."
-            )
+    return max(sizes), math.ceil(min(sizes) / r), r

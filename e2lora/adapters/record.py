@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,11 +36,24 @@ class AdapterRecord(Frozen):
     frozen_fingerprint: str = ""
 
 
+@dataclass(frozen=True)
+class Count:
+    """Parameters of an adapter, each shared tensor once.
+
+    ``adapter``, ``head``: trained; ``kept``: those of the adapter that weren't masked or pruned on
+    the way; ``ranks``: kept and of the start, over all groups, where a family prunes ranks.
+    """
+
+    adapter: int
+    head: int
+    kept: int
+    ranks: tuple[int, int] | None = None
+
+
 def adapter_card(
     record: AdapterRecord,
     plan: SharingPlan,
-    adapter_parameters: int,
-    head_parameters: int,
+    count: Count,
     trial: TrialConfig | None = None,
     evaluation: Evaluation | None = None,
 ) -> str:
@@ -57,10 +71,14 @@ def adapter_card(
         ("base model", _base_in_words(base)),
         ("system", system if full else f"{system}, r = {plan.options.r}"),
         ("family", adapter.display_name),
-        ("trained parameters", f"{adapter_parameters:,}{_of_lora(adapter_parameters, plan)}"),
+        ("trained parameters", f"{count.adapter:,}{_of_lora(count.adapter, plan)}"),
     ]
+    if options := _adapter_in_words(adapter):
+        rows.insert(3, ("adapter", options))
+    if count.kept != count.adapter:
+        rows.append(("kept of these", _kept_in_words(count)))
     if record.head:
-        rows.append(("head", f"{', '.join(record.head)}: {head_parameters:,} parameters"))
+        rows.append(("head", f"{', '.join(record.head)}: {count.head:,} parameters"))
     if trial:
         rows += [("task", _in_words(trial.task)), ("training", _in_words(trial.training))]
     if evaluation:
@@ -82,17 +100,23 @@ def adapter_card(
     return "\n\n".join(sections) + "\n"
 
 
-def export_card(record: AdapterRecord, plan: SharingPlan, form: str) -> str:
-    """Markdown for an export: what it is, and how it is loaded without this project."""
+def export_card(
+    record: AdapterRecord, base: BaseRecord, plan: SharingPlan, form: str, dtype: str
+) -> str:
+    """Markdown for an export: what it is, and how it is loaded without this project.
+
+    Args:
+        base: the record's, with the model that was taken.
+        dtype: of a merged model.
+    """
     system = system_name(plan.options, record.adapter)
     what = {
         "peft": "A PEFT adapter, every layer with tensors of its own.",
         "portable": "A plain LoRA adapter of one rank, its scale folded into B.",
         "merged": "A model with the adapter merged into its weights.",
     }[form]
-    base = record.base
     if form == "merged":
-        last = f'model = {base.architecture}.from_pretrained(".", dtype=torch.{base.dtype})'
+        last = f'model = {base.architecture}.from_pretrained(".", dtype=torch.{dtype})'
         lines = ["import torch", f"from transformers import {base.architecture}", "", last]
         code = "\n".join(lines) + "\n"
     else:
@@ -158,6 +182,24 @@ def _of_lora(count: int, plan: SharingPlan) -> str:
     if not plan.lora_parameters:
         return ""
     return f", {count / plan.lora_parameters:.0%} of LoRA's {plan.lora_parameters:,}"
+
+
+def _adapter_in_words(adapter: AdapterConfig) -> str:
+    """What differs from the family's defaults; modules and seeds are told elsewhere."""
+    told = adapter.model_dump(
+        mode="json",
+        exclude_defaults=True,
+        exclude={"family", "target_modules", "projection_seed"},
+    )
+    own = told.pop(adapter.family, {})
+    return ", ".join(_pairs({**told, **own}))
+
+
+def _kept_in_words(count: Count) -> str:
+    words = f"{count.kept:,} ({count.kept / count.adapter:.0%})"
+    if count.ranks:
+        words += ", {} of {} ranks".format(*count.ranks)
+    return words
 
 
 def _in_words(options: Frozen) -> str:

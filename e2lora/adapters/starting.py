@@ -24,7 +24,7 @@ from e2lora.adapters.family import Request, base_layer, layers_of
 from e2lora.plan import SharingPlan
 from e2lora.targets import is_transposed
 
-SLOTS = ("lora_A", "lora_B")
+PAIR = ("lora_A", "lora_B")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -98,15 +98,16 @@ def start(adapted: Any, request: Request, choose: Callable[[Any, str], None]) ->
     sharers: dict[Any, list[str]] = {}
     for path, group in request.plan.group_of_target().items():
         sharers.setdefault(group, []).append(path)
-    for paths in sharers.values():
-        pair = (
-            _chosen(layers[paths[0]], paths[0], name, choose)
-            if request.initial is None
-            else _kept(layers[paths[0]], paths, name, request.initial)
-        )
+    pairs = [  # all of them, before any weight is changed: what fails leaves them as they were
+        _chosen(layers[paths[0]], paths[0], name, choose)
+        if request.initial is None
+        else _kept(layers[paths[0]], paths, name, request.initial)
+        for paths in sharers.values()
+    ]
+    for paths, pair in zip(sharers.values(), pairs, strict=True):
         started = [Started(tensor, dim) for dim, tensor in enumerate(pair)]
         for path in paths:
-            for slot, module in zip(SLOTS, started, strict=True):
+            for slot, module in zip(PAIR, started, strict=True):
                 getattr(layers[path], slot)[name] = module
             _take_out(layers[path], name, *pair)
     _describe_on_original(adapted.peft_config[name])
@@ -142,7 +143,7 @@ def _chosen(layer: Any, path: str, name: str, choose: Callable[[Any, str], None]
     dtype = layer.get_base_layer().weight.dtype
     with _copied_weight(layer), torch.no_grad():
         choose(layer, path)
-    tensors = [getattr(layer, slot)[name].weight.detach() for slot in SLOTS]
+    tensors = [getattr(layer, slot)[name].weight.detach() for slot in PAIR]
     return [tensor.to(dtype).float().contiguous() for tensor in tensors]
 
 
@@ -168,7 +169,7 @@ def _kept(
 ) -> list[Tensor]:
     """A₀ and B₀ of an earlier adapter, stored under the path of one of the layers."""
     pair = []
-    for slot in SLOTS:
+    for slot in PAIR:
         stored = next((initial[k] for p in paths if (k := f"{p}.{slot}") in initial), None)
         own = getattr(layer, slot)[name].weight
         if stored is None or stored.shape != own.shape:

@@ -15,18 +15,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
 from e2lora.adapters import FAMILIES, adapt, is_head, origin_of, trainable_parameters
 from e2lora.adapters.family import DEFAULT_NAME
 from e2lora.adapters.full import FullyTrained
-from e2lora.adapters.record import VERSION, AdapterRecord, BaseRecord, adapter_card
+from e2lora.adapters.record import VERSION, AdapterRecord, BaseRecord, Count, adapter_card
+from e2lora.adapters.tensors import write_tensors
 from e2lora.config import AdapterConfig, ModelConfig, TrialConfig, in_one_paragraph
 from e2lora.models import Base, own_weights, weights_fingerprint
 from e2lora.plan import SharingPlan
@@ -80,18 +82,18 @@ def _write(
     evaluation: Evaluation | None = None,
 ) -> None:
     """An existing folder is replaced file by file."""
-    from safetensors.torch import save_file
-
     family = FAMILIES[config.family]
     folder.mkdir(parents=True, exist_ok=True)
     trained = {
         name: parameter.detach().cpu().contiguous()
         for name, parameter in stored_names(adapted, adapter_name).items()
     }
-    tensors = family.pack(trained, adapted, adapter_name)
-    for name, tensor in family.initial(adapted, adapter_name).items():
-        tensors[f"{INITIAL}{name}"] = tensor.detach().cpu().contiguous()
-    save_file(tensors, folder / WEIGHTS)
+    packed = family.pack(trained, adapted, adapter_name)
+    initial = {
+        f"{INITIAL}{name}": tensor.detach().cpu().contiguous()
+        for name, tensor in family.initial(adapted, adapter_name).items()
+    }
+    write_tensors(folder / WEIGHTS, {**packed, **initial})
     write_json(folder / PLAN, plan)
     record = AdapterRecord(
         base=base,
@@ -100,9 +102,24 @@ def _write(
         frozen_fingerprint=_fingerprint(family.frozen(adapted, adapter_name)),
     )
     write_json(folder / RECORD, record)
-    of_head = sum(t.numel() for name, t in trained.items() if is_head(name, adapted))
-    others = sum(t.numel() for t in trained.values()) - of_head
-    write_text(folder / CARD, adapter_card(record, plan, others, of_head, trial, evaluation))
+    count = _count(trained, packed, adapted)
+    write_text(folder / CARD, adapter_card(record, plan, count, trial, evaluation))
+
+
+def _count(trained: Mapping[str, Tensor], packed: Mapping[str, Tensor], adapted: Any) -> Count:
+    own = [name for name in trained if not is_head(name, adapted)]
+    entries = {
+        stage: {name: tensors[name].numel() for name in own if name in tensors}
+        for stage, tensors in (("start", trained), ("end", packed))
+    }
+    adapter, kept = (sum(sizes.values()) for sizes in entries.values())
+    head = sum(tensor.numel() for tensor in trained.values()) - adapter
+    singular = {  # of AdaLoRA: one value for each rank
+        stage: sum(size for name, size in sizes.items() if name.endswith(".lora_E"))
+        for stage, sizes in entries.items()
+    }
+    ranks = (singular["end"], singular["start"]) if singular["start"] else None
+    return Count(adapter, head, kept, ranks)
 
 
 def _base_record(adapted: Any, fingerprint: str, model: ModelConfig | None = None) -> BaseRecord:
@@ -135,7 +152,6 @@ def read_folder(folder: Path | str) -> tuple[AdapterRecord, SharingPlan, dict[st
         FileNotFoundError: no adapter there, or a part of it is missing.
         ValueError: a part that can't be read, or was written by another version.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     folder = Path(folder)
@@ -145,22 +161,36 @@ def read_folder(folder: Path | str) -> tuple[AdapterRecord, SharingPlan, dict[st
             f"an adapter is a folder with {RECORD}, {PLAN} and {WEIGHTS}; {folder} lacks "
             f"{', '.join(lacking)}. Name the `adapter` folder of a trial, or one that `save` wrote."
         )
-    try:
-        version = json.loads((folder / RECORD).read_text()).get("version")
-        if version != VERSION:
-            raise ValueError(
-                f"it is of version {version!r}, this program reads {VERSION}. Load it with the "
-                "version of e2lora that wrote it"
-            )
-        record = AdapterRecord.model_validate_json((folder / RECORD).read_text())
-        plan = SharingPlan.model_validate_json((folder / PLAN).read_text())
-        stored = load_file(folder / WEIGHTS)
-    except (SafetensorError, ValidationError, ValueError, AttributeError) as error:
+    version = _read(folder / RECORD, lambda file: json.loads(file.read_text()).get("version"))
+    if version != VERSION:
         raise ValueError(
-            f"the files of an adapter must be whole and of this version; those of {folder} are "
-            f"not: {in_one_paragraph(error)}. Otherwise take another copy."
-        ) from error
-    return record, plan, stored
+            f"an adapter's files must be of this program's version; {folder / RECORD} is of "
+            f"version {version!r}, this program reads {VERSION}. Load it with the version of "
+            "e2lora that wrote it."
+        )
+    record = _read(folder / RECORD, partial(_parsed, AdapterRecord))
+    plan = _read(folder / PLAN, partial(_parsed, SharingPlan))
+    return record, plan, _read(folder / WEIGHTS, load_file)
+
+
+def _parsed(kind: type[BaseModel], file: Path) -> Any:
+    json.loads(text := file.read_text())  # that it is cut off is said shorter here
+    return kind.model_validate_json(text)
+
+
+def _read(file: Path, read: Callable[[Path], Any]) -> Any:
+    from safetensors import SafetensorError
+
+    try:
+        return read(file)
+    except ValidationError as error:
+        fault = f"something else stands in it: {in_one_paragraph(error)}"
+    except (SafetensorError, ValueError, AttributeError) as error:
+        fault = f"it is truncated or damaged: {error}"
+    raise ValueError(
+        f"the files of an adapter must be whole and as they were written; {file} is not: "
+        f"{fault.rstrip('.')}. Unless you edited it, take another copy."
+    )
 
 
 def load_adapter(model: Any, folder: Path | str, adapter_name: str = DEFAULT_NAME) -> Any:
@@ -189,6 +219,12 @@ def load_adapter(model: Any, folder: Path | str, adapter_name: str = DEFAULT_NAM
     )
     try:
         frozen = _fingerprint(family.frozen(adapted, adapter_name))
+        if bool(frozen) != bool(record.frozen_fingerprint):
+            raise ValueError(
+                f"an adapter's record must be of one family; that of {folder} names {family.name} "
+                f"and {'no' if frozen else 'a'} fingerprint of random projections. The folder is "
+                "damaged: take another copy."
+            )
         if frozen != record.frozen_fingerprint:
             raise ValueError(
                 "an adapter's random projections must be those it was trained with; this version "
@@ -197,7 +233,9 @@ def load_adapter(model: Any, folder: Path | str, adapter_name: str = DEFAULT_NAM
             )
         parameters = stored_names(adapted, adapter_name)
         shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-        _fill(parameters, family.unpack(trained, shapes, adapted, adapter_name), folder)
+        _fill(
+            parameters, family.unpack(trained, shapes, adapted, adapter_name), folder, family.name
+        )
     except ValueError:  # leave the model as it was
         if isinstance(active, str):
             adapted.set_adapter(active)
@@ -245,7 +283,7 @@ def stored_names(adapted: Any, adapter_name: str) -> dict[str, Tensor]:
 
 
 def _fill(
-    parameters: Mapping[str, Tensor], stored: Mapping[str, Tensor], folder: Path | str
+    parameters: Mapping[str, Tensor], stored: Mapping[str, Tensor], folder: Path | str, family: str
 ) -> None:
     missing = sorted(parameters.keys() - stored.keys())
     extra = sorted(stored.keys() - parameters.keys())
@@ -256,9 +294,9 @@ def _fill(
     )
     if missing or extra or wrong:
         raise ValueError(
-            f"adapter weights must fit the plan exactly; {folder} lacks {missing[:3]}, has "
-            f"{extra[:3]} too many and {wrong[:3]} in other shapes. The folder is damaged: take "
-            "another copy."
+            f"adapter weights must fit the plan exactly, as weights of {family}, the family of the "
+            f"folder's record; {folder} lacks {missing[:3]}, has {extra[:3]} too many and "
+            f"{wrong[:3]} in other shapes. The folder is damaged: take another copy."
         )
     with torch.no_grad():
         for name, parameter in parameters.items():

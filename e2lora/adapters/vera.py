@@ -23,6 +23,7 @@ from e2lora.adapters.family import (
     common_options,
     inject,
     layers_of,
+    require_same_projections,
     share_first,
     take_back_any_head,
 )
@@ -50,7 +51,7 @@ class Vera(Family):
 
     def build(self, model: Any, request: Request) -> Any:
         plan, name = request.plan, request.name
-        _require_same_pair(model, plan)
+        require_same_projections(self.name, model, _shapes(plan))
         adapted = inject(model, plan, self.peft_config(model, request), name)
         for projection in self.frozen(adapted, name).values():
             projection.copy_(projection.bfloat16())  # values that survive training in that type
@@ -171,20 +172,9 @@ def _largest_rank(plan: SharingPlan) -> int:
     return max(group.r for group in plan.groups)
 
 
-def _require_same_pair(model: Any, plan: SharingPlan) -> None:
-    """All adapters of a model use one pair, whose numbers depend on its shape."""
-    tuner, r = getattr(model, "base_model", None), _largest_rank(plan)
-    wanted = {
+def _shapes(plan: SharingPlan) -> dict[str, tuple[int, int]]:
+    r = _largest_rank(plan)
+    return {
         "vera_A": (r, max(t.in_features for t in plan.targets)),
         "vera_B": (max(t.out_features for t in plan.targets), r),
     }
-    for slot, shape in wanted.items():
-        present = getattr(tuner, slot, None)
-        for projection in present.values() if present else ():
-            if tuple(projection.shape) != shape:
-                raise ValueError(
-                    "adapters of VeRA in one model use one pair of projections, so their largest "
-                    "ranks and largest weights must agree; the model has a "
-                    f"{slot} of {tuple(projection.shape)}, this adapter needs {shape}. Put it into "
-                    "a model of its own."
-                )

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from e2lora.config.adapter import (
-    FAMILIES,
+    FAMILY_NAMES,
     AdaLoraOptions,
     AdapterConfig,
     LoraGaOptions,
@@ -42,7 +42,7 @@ from e2lora.config.tasks import (
 
 __all__ = [
     "CUT_BY_GRADIENTS",
-    "FAMILIES",
+    "FAMILY_NAMES",
     "NEEDS_PAIRS",
     "PARALLELISM",
     "PRESETS",
@@ -164,9 +164,14 @@ class TrialConfig(Frozen):
         return system_name(self.plan, self.adapter)
 
     @property
+    def base_rank(self) -> int | None:
+        """None for full fine-tuning, which has none."""
+        return None if self.adapter.family == "full" else self.plan.r
+
+    @property
     def label(self) -> str:
-        """The system with its base rank; full fine-tuning has none."""
-        return self.system if self.adapter.family == "full" else f"{self.system} r={self.plan.r}"
+        """The system with its base rank."""
+        return self.system if self.base_rank is None else f"{self.system} r={self.base_rank}"
 
 
 def system_name(plan: PlanConfig, adapter: AdapterConfig) -> str:

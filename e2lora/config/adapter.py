@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -11,7 +11,7 @@ from e2lora.config.frozen import Frozen
 
 Scope = Literal["layer", "interval", "type"]
 
-FAMILIES: dict[str, str] = {
+FAMILY_NAMES: dict[str, str] = {
     "lora": "LoRA",
     "dora": "DoRA",
     "lora_plus": "LoRA+",
@@ -37,6 +37,11 @@ Family = Literal[
     "lora_ga",
     "full",
 ]
+
+assert list(FAMILY_NAMES) == list(get_args(Family)), "every family has a name"
+
+PROJECTED = ("lora_fa", "lori", "vera", "randlora")
+"""Families with frozen random projections."""
 
 TIMES = ("mask_after", "tinit", "tfinal", "delta_t")
 """Options of families that say when, in steps."""
@@ -136,12 +141,26 @@ class AdapterConfig(Frozen):
 
     @model_validator(mode="after")
     def _options_belong_to_the_family(self) -> AdapterConfig:
-        for family in FAMILIES.keys() & type(self).model_fields.keys():
+        for family in FAMILY_NAMES.keys() & type(self).model_fields.keys():
             default = type(self).model_fields[family].default
             if family != self.family and getattr(self, family) != default:
                 raise ValueError(
                     f"options `{family}` may be set for family {family!r} only; got family="
                     f"{self.family!r}. Remove them, or take that family."
+                )
+        idle = {
+            "projection_seed": self.projection_seed is not None and self.family not in PROJECTED,
+            "lori.keep and lori.masked_lr_ratio": self.lori.mask_after is None
+            and self.lori != LoriOptions(),
+            "lora_ga.stable_gamma": self.lora_ga.scale != "stable"
+            and self.lora_ga.stable_gamma != LoraGaOptions().stable_gamma,
+        }
+        for option, is_idle in idle.items():
+            if is_idle:
+                raise ValueError(
+                    f"an option that has no effect must not be set; {option} has none with family="
+                    f"{self.family!r} as it is configured. Remove it (a projection seed belongs to "
+                    f"{list(PROJECTED)}, lori's options to `mask_after`, gamma to scale 'stable')."
                 )
         if INITIALISATION.fullmatch(self.init_lora_weights) is None:
             raise ValueError(
@@ -158,14 +177,14 @@ class AdapterConfig(Frozen):
 
     def seeded(self, seed: int) -> AdapterConfig:
         """With ``projection_seed`` settled, as a trial of that seed uses it."""
-        if self.projection_seed is not None:
+        if self.projection_seed is not None or self.family not in PROJECTED:
             return self
         return self.model_copy(update={"projection_seed": seed})
 
     @property
     def display_name(self) -> str:
         """The family's name in reports, with what makes it another method."""
-        name = FAMILIES[self.family]
+        name = FAMILY_NAMES[self.family]
         if self.family == "lori":
             name += "-D" if self.lori.mask_after is None else "-S"
         return name

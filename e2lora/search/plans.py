@@ -73,14 +73,18 @@ class Plans:
             require_fits(spec)
             self._fitting.add(spec)
         _require_known_objectives(study, self._task(config))
-        if config.plan.needs_profile:
+        family = FAMILIES[config.adapter.family]
+        if config.plan.needs_profile or family.needs_gradients:
             calibration_rows(
                 self._task(config).num_rows("train"),
                 config.plan.calibration.num_samples,
                 config.seed,
             )
         require_possible_trial(config)
-        require_possible(self.targets(config), config.plan)
+        targets = self.targets(config)
+        require_possible(targets, config.plan)
+        if not config.plan.needs_profile:
+            family.require_fits(build_plan(targets, config.plan), config.adapter)
 
     def measure_profiles(self, configs: Iterable[TrialConfig], pool: Pool) -> None:
         """Measure, on the pool, what profiles these configurations need and the study lacks."""
