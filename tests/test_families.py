@@ -206,13 +206,16 @@ def test_start_depends_on_the_torch_seed_only(case: Case) -> None:
 @over([case for case in SOME if case.kind == "llama" and case.family != "full"])
 def test_frozen_projections_follow_from_their_seed_alone(case: Case) -> None:
     family = FAMILIES[case.family]
+    if case.family not in ("lora_fa", "lori", "vera", "randlora"):
+        assert not family.frozen(adapted_as(case).model, "default")
+        return
     first, again, other = (
         family.frozen(
             adapted_as(case, torch_seed=torch_seed, projection_seed=seed).model, "default"
         )
         for torch_seed, seed in ((1, 0), (2, 0), (1, 1))
     )
-    assert bool(first) == (case.family in ("lora_fa", "lori", "vera", "randlora"))
+    assert first
     assert first.keys() == other.keys()
     for name, tensor in first.items():
         assert torch.equal(tensor, again[name])

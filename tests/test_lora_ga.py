@@ -133,7 +133,8 @@ def test_pair_is_of_the_singular_vectors_that_the_direction_says(
     kind: str, direction: Any, scale: Any
 ) -> None:
     """With numpy's as the reference; in which way the weight lies doesn't matter."""
-    adapted, gradients = started(kind, "own", direction=direction, scale=scale, stable_gamma=9.0)
+    gamma = {"stable_gamma": 9.0} if scale == "stable" else {}
+    adapted, gradients = started(kind, "own", direction=direction, scale=scale, **gamma)
     untouched = make_base(kind).model
     groups = adapted.plan.group_of_target()
     for path, gradient in gradients.items():
@@ -246,7 +247,8 @@ def test_first_step_follows_the_gradient_as_far_as_its_rank_can(kind: str, shari
         )
         base.model.float()
         torch.manual_seed(0)
-        model = adapt(base.model, plan, config, base.head, gradients=gradients).eval()
+        given = gradients if family == "lora_ga" else None
+        model = adapt(base.model, plan, config, base.head, gradients=given).eval()
         before = effective(model, plan)
         (loss_of(model, kind) / 1000).backward()
         torch.optim.SGD(trainable_parameters(model).values(), lr=1e-2).step()
