@@ -230,6 +230,12 @@ def own_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
             yield ".".join(bare), tensor
 
 
+def dtype_of(model: Any) -> str:
+    """Of the base weights, e.g. ``bfloat16``."""
+    floating = (t.dtype for _, t in own_weights(model) if t.is_floating_point())
+    return str(next(floating)).removeprefix("torch.")
+
+
 def wrapped_modules(model: nn.Module) -> dict[str, str]:
     """Path of each module that PEFT put around one of the model → the name of that one in it."""
     return {

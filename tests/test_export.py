@@ -341,7 +341,7 @@ def test_adapter_that_rounding_removes_is_refused_and_kept_in_float32(tmp_path: 
 
 
 def test_weights_are_rounded_once(tmp_path: Path) -> None:
-    """W + s B A in float64, then to bfloat16: PEFT in bfloat16 rounds the product first."""
+    """As W + s B A in float64 is when it is rounded to bfloat16."""
     adapted = saved(tmp_path, "llama", "E²LoRA", torch.bfloat16)
     tensors = load_file(exported(tmp_path, "merged") / "model.safetensors")
     base = make_base("llama").model.to(torch.bfloat16)

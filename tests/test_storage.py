@@ -369,3 +369,13 @@ def test_adapter_that_changed_its_base_is_saved_with_the_fingerprint_from_before
     loaded = e2lora.load(make_base("llama").model, tmp_path).eval()
     torch.testing.assert_close(output_of(loaded, "llama"), adapted.output(), rtol=1e-4, atol=1e-4)
     assert KINDS["llama"].head == ()
+
+
+def test_adapter_that_touched_its_base_records_the_type_it_had_then(tmp_path: Path) -> None:
+    """Also when the whole was cast since: that is the base which the fingerprint is of."""
+    made = Adapted("llama", "own", "lora", init_lora_weights="pissa")
+    made.model.bfloat16()
+    e2lora.save(made.model, tmp_path)
+    record = read_folder(tmp_path)[0]
+    assert record.base.dtype == "float32"
+    e2lora.load(make_base("llama").model, tmp_path)

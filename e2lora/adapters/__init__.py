@@ -18,7 +18,7 @@ from e2lora.adapters.lori import Lori
 from e2lora.adapters.randlora import RandLora
 from e2lora.adapters.vera import Vera
 from e2lora.config import AdapterConfig, PlanConfig, TrialConfig, system_name
-from e2lora.models import weights_fingerprint
+from e2lora.models import dtype_of, weights_fingerprint
 from e2lora.plan import SharingPlan, require_plan_fits
 from e2lora.targets import find_targets
 
@@ -89,7 +89,7 @@ def adapt(
     if hasattr(model, "get_base_model"):
         _require_room(model, adapter_name, config)
     require_plan_fits(plan, find_targets(model, config.target_modules))
-    touched = weights_fingerprint(model, skip=head) if family.touches_base(config) else None
+    touched = bits_of(model, head) if family.touches_base(config) else None
     request = Request(plan, config, head, adapter_name, gradients, initial)
     is_bare = not hasattr(model, "get_base_model")
     try:
@@ -131,13 +131,18 @@ def _require_names(model: Any, plan: SharingPlan, head: Sequence[str], adapter_n
 class Origin:
     """What an adapter in a model was made from; kept where PEFT keeps its configuration.
 
-    ``base_fingerprint`` is that of the weights before, where the adapter touches them; else None.
+    ``touched_base`` is :func:`bits_of` the base before, where the adapter touches it; else None.
     """
 
     plan: SharingPlan
     config: AdapterConfig
     head: tuple[str, ...]
-    base_fingerprint: str | None
+    touched_base: tuple[str, str] | None
+
+
+def bits_of(model: Any, head: Sequence[str]) -> tuple[str, str]:
+    """Fingerprint and type of the base weights, which the fingerprint depends on."""
+    return weights_fingerprint(model, skip=head), dtype_of(model)
 
 
 def origin_of(model: Any, adapter_name: str = DEFAULT_NAME) -> Origin:

@@ -209,11 +209,10 @@ def _let_others_read(folder: Path) -> None:
 
 
 def _merged(adapted: Any, dtype: Dtype | None) -> Any:
-    """The model with merged weights: computed in float32 and rounded once."""
+    """The model with merged weights, rounded once: PEFT adds in the wider type of the two."""
     if dtype is not None:
         adapted.float()
-    with _in_float32(adapted):
-        model = adapted.merge_and_unload()
+    model = adapted.merge_and_unload()
     return model if dtype is None else model.to(getattr(torch, dtype))
 
 

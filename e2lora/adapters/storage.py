@@ -24,13 +24,20 @@ import torch
 from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
-from e2lora.adapters import FAMILIES, adapt, is_head, origin_of, trainable_parameters
+from e2lora.adapters import (
+    FAMILIES,
+    adapt,
+    bits_of,
+    is_head,
+    origin_of,
+    trainable_parameters,
+)
 from e2lora.adapters.family import DEFAULT_NAME
 from e2lora.adapters.full import FullyTrained
 from e2lora.adapters.record import VERSION, AdapterRecord, BaseRecord, Count, adapter_card
 from e2lora.adapters.tensors import write_tensors
 from e2lora.config import AdapterConfig, ModelConfig, TrialConfig, in_one_paragraph
-from e2lora.models import Base, own_weights, weights_fingerprint
+from e2lora.models import Base, dtype_of
 from e2lora.plan import SharingPlan
 from e2lora.records import Evaluation, write_json, write_text
 
@@ -51,8 +58,7 @@ def save(model: Any, folder: Path | str, adapter_name: str = DEFAULT_NAME) -> No
             f"an adapter is saved beside the base it belongs to; {merged[0].merged_adapters} are "
             "merged into its weights at the moment. Call `unmerge_adapter` first."
         )
-    fingerprint = origin.base_fingerprint or weights_fingerprint(model, skip=origin.head)
-    base = _base_record(model, fingerprint)
+    base = _base_record(model, *(origin.touched_base or bits_of(model, origin.head)))
     _write(Path(folder), model, adapter_name, base, origin.plan, origin.config, origin.head)
 
 
@@ -66,7 +72,8 @@ def save_adapter(
     evaluation: Evaluation | None = None,
 ) -> None:
     """Write the adapter of a trial, with what is known of it for its card."""
-    record = _base_record(adapted, base.fingerprint, trial.model if trial else None)
+    dtype = dtype_of(base.model)
+    record = _base_record(adapted, base.fingerprint, dtype, trial.model if trial else None)
     _write(folder, adapted, DEFAULT_NAME, record, plan, config, base.head, trial, evaluation)
 
 
@@ -122,7 +129,9 @@ def _count(trained: Mapping[str, Tensor], packed: Mapping[str, Tensor], adapted:
     return Count(adapter, head, kept, ranks)
 
 
-def _base_record(adapted: Any, fingerprint: str, model: ModelConfig | None = None) -> BaseRecord:
+def _base_record(
+    adapted: Any, fingerprint: str, dtype: str, model: ModelConfig | None = None
+) -> BaseRecord:
     """What a model says of itself, where no trial's configuration says it."""
     inner = adapted.get_base_model()
     architecture, config = type(inner).__name__, inner.config
@@ -135,14 +144,8 @@ def _base_record(adapted: Any, fingerprint: str, model: ModelConfig | None = Non
         model=model,
         architecture=architecture,
         num_labels=config.num_labels if "Classification" in architecture else None,
-        dtype=dtype_of(adapted),
+        dtype=dtype,
     )
-
-
-def dtype_of(model: Any) -> str:
-    """Of the base weights, e.g. ``bfloat16``."""
-    floating = (t.dtype for _, t in own_weights(model) if t.is_floating_point())
-    return str(next(floating)).removeprefix("torch.")
 
 
 def read_folder(folder: Path | str) -> tuple[AdapterRecord, SharingPlan, dict[str, Tensor]]:
@@ -236,19 +239,23 @@ def load_adapter(model: Any, folder: Path | str, adapter_name: str = DEFAULT_NAM
         _fill(
             parameters, family.unpack(trained, shapes, adapted, adapter_name), folder, family.name
         )
-    except ValueError:  # leave the model as it was
+    except ValueError as error:  # leave the model as it was
         if isinstance(active, str):
             adapted.set_adapter(active)
             adapted.delete_adapter(adapter_name)
         else:
             adapted.unload()
+        if family.touches_base(record.adapter):
+            raise ValueError(
+                f"{error} The base in memory was changed on the way: load it anew, too."
+            ) from error
         raise
     return adapted
 
 
 def _require_base(model: Any, record: AdapterRecord, folder: Path | str) -> None:
     base = record.base
-    fingerprint, dtype = weights_fingerprint(model, skip=record.head), dtype_of(model)
+    fingerprint, dtype = bits_of(model, record.head)
     if base.weights_fingerprint == fingerprint:
         return
     named = f"{base.model.name if base.model else base.architecture} ({base.weights_fingerprint})"
