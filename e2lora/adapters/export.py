@@ -281,7 +281,7 @@ def _write_portable(
     }
     place.mkdir(parents=True)
     config.save_pretrained(str(place), auto_mapping_dict=None if task_type else architecture)
-    write_tensors(place / ADAPTER_FILE, written)
+    write_tensors(place / ADAPTER_FILE, written, {"format": "pt"})  # some readers ask for it
     return portable_warnings(r, record.head)
 
 

@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_tensors(
+    file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
     """As safetensors, which others may read as they may any file: its own writer lets nobody."""
     from safetensors.torch import save_file
 
-    save_file(dict(tensors), file)
+    save_file(dict(tensors), file, metadata)
     os.umask(mask := os.umask(0))  # which can only be read by setting it
     file.chmod(0o666 & ~mask)
 
