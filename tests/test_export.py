@@ -23,14 +23,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import e2lora
-from e2lora.adapters import export, is_head, trainable_parameters
-from e2lora.adapters.export import (
-    export_adapter,
-    portable_warnings,
-    random_batch,
-    shortest_endings,
-)
+from e2lora.adapters import export, is_head, portable, trainable_parameters
+from e2lora.adapters.comparison import random_batch
+from e2lora.adapters.export import export_adapter
 from e2lora.adapters.family import layers_of
+from e2lora.adapters.portable import portable_warnings, shortest_endings
 from e2lora.records import TrialFolder
 from e2lora.train import Reports, run_trial
 from jobs.export import main
@@ -388,8 +385,8 @@ def test_export_of_nothing_is_noticed_however_little_the_adapter_does(
     done = export_adapter(tmp_path / "adapter", "portable", tmp_path / "right")
     assert done.comparison is not None
     assert 0 < done.comparison.effect.largest < 3e-4
-    right = export._padded
-    monkeypatch.setattr(export, "_padded", lambda pair, r: [0 * f for f in right(pair, r)])
+    right = portable._padded
+    monkeypatch.setattr(portable, "_padded", lambda pair, r: [0 * f for f in right(pair, r)])
     with pytest.raises(ValueError, match="nearer to the adapter than the base"):
         export_adapter(tmp_path / "adapter", "portable", tmp_path / "out")
 
@@ -475,13 +472,13 @@ def test_export_of_another_function_is_noticed_and_not_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved(tmp_path, "llama", "E²LoRA")
-    right = export._padded
+    right = portable._padded
 
     def wrong(pair: Any, r: int) -> tuple[Tensor, Tensor]:
         a, b = right(pair, r)
         return a, 1.2 * b
 
-    monkeypatch.setattr(export, "_padded", wrong)
+    monkeypatch.setattr(portable, "_padded", wrong)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(ValueError, match="must compute what the adapter does"):
         export_adapter(tmp_path / "adapter", "portable", tmp_path / "out")

@@ -55,6 +55,8 @@ ROOMS = (
     "adapters",
     "adapters.record",
     "adapters.storage",
+    "adapters.comparison",
+    "adapters.portable",
     "adapters.export",
     "data",
     "profile_cache",
