@@ -347,7 +347,7 @@ def test_trial_starts_from_the_rows_that_its_profile_is_measured_on() -> None:
 
 @pytest.mark.usefixtures("one_process")
 def test_trial_with_layers_that_share_learns(tmp_path: Path) -> None:
-    config = small(max_steps=40, learning_rate=1e-2, eval_every=40, global_batch_size=16)
+    config = small(max_steps=60, learning_rate=2e-3, eval_every=60, global_batch_size=16)
     base, data = load_small()
     plan = plan_of(config, base, data)
     losses = run_trial(base, data, plan, config, TrialFolder(tmp_path / "00000"), Reports()).losses
