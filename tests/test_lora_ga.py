@@ -345,6 +345,7 @@ def test_trial_starts_from_the_rows_that_its_profile_is_measured_on() -> None:
     assert weights_fingerprint(base.model, skip=base.head) == base.fingerprint
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_process")
 def test_trial_with_layers_that_share_learns(tmp_path: Path) -> None:
     config = small(max_steps=60, learning_rate=2e-3, eval_every=60, global_batch_size=16)
@@ -354,6 +355,7 @@ def test_trial_with_layers_that_share_learns(tmp_path: Path) -> None:
     assert np.mean(losses[-8:]) < np.mean(losses[:8]) - 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_process")
 def test_resumed_trial_measures_nothing_again_and_is_the_same_bit_for_bit(tmp_path: Path) -> None:
     config = small("e2")
