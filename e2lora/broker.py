@@ -6,7 +6,9 @@ runs it as an actor. The rules:
 * A job is handed out as an *attempt* with a token of its own. Reports that carry any other token
   of that job are refused, so a lost attempt can't speak after its successor started.
 * A lease is renewed by every sign of life. When it runs out, or the group that held it restarts,
-  the job goes back to the front of the queue; after ``max_attempts`` it is failed.
+  the job goes back to the front of the queue; after ``max_attempts`` it is failed. An elastic
+  group restarts whenever a node goes or comes: of its attempts only those count that are in a row
+  and got no further than an earlier one.
 * Evaluations are kept by step: a resumed attempt that repeats one changes nothing.
 """
 
@@ -16,7 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from e2lora.config import GroupSpec
 
@@ -41,10 +43,14 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Update:
-    """What a waiting client is told: all evaluations so far, and how it ended, if it has."""
+    """What a waiting client is told: all evaluations so far, and how it ended, if it has.
+
+    ``history`` is what was measured at each step up to the last evaluation.
+    """
 
     evaluations: list[dict[str, Any]]
     outcomes: list[float]
+    history: dict[str, list[float]]
     result: dict[str, Any] | None
     error: str | None
     attempts: int
@@ -54,16 +60,28 @@ class Update:
         return self.result is not None or self.error is not None
 
 
+class Running(NamedTuple):
+    """How far a running job is; ``measured`` is what its last step showed."""
+
+    step: int
+    attempt: int
+    measured: dict[str, float]
+
+
 @dataclass
 class _State:
     job: Job
     attempts: int = 0
+    vain_attempts: int = 0  # those that count
+    farthest: int = 0  # step that an attempt which was lost had come to
     token: str | None = None  # of the attempt that holds the lease
     group: str | None = None
     lease_until: float = 0.0
     step: int = 0
+    measured: dict[str, float] = field(default_factory=dict)
     evaluations: dict[int, dict[str, Any]] = field(default_factory=dict)
     outcomes: list[float] = field(default_factory=list)
+    history: dict[str, list[float]] = field(default_factory=dict)
     result: dict[str, Any] | None = None
     error: str | None = None
     version: int = 0  # rises with every change a client should see
@@ -108,16 +126,18 @@ class Broker:
         update = Update(
             evaluations=[state.evaluations[step] for step in steps],
             outcomes=state.outcomes,
+            history=state.history,
             result=state.result,
             error=state.error,
             attempts=state.attempts,
         )
         return state.version, update
 
-    def progress(self) -> dict[str, tuple[int, int]]:
-        """Running jobs: key → (step, attempt)."""
+    def progress(self) -> dict[str, Running]:
+        """Running jobs by their keys."""
         self._expire()
-        return {s.job.key: (s.step, s.attempts) for s in self._states.values() if s.token}
+        running = (state for state in self._states.values() if state.token)
+        return {s.job.key: Running(s.step, s.attempts, s.measured) for s in running}
 
     # ---- groups -------------------------------------------------------------------------------
 
@@ -148,23 +168,32 @@ class Broker:
                 return Attempt(state.job, state.token)
         return None
 
-    def alive(self, token: str, step: int | None = None) -> bool:
+    def alive(
+        self, token: str, step: int | None = None, measured: dict[str, float] | None = None
+    ) -> bool:
         """A sign of life. False: the attempt has lost its job and must stop."""
         state = self._holder(token)
         if state is None:
             return False
         state.step = state.step if step is None else step
+        state.measured = state.measured if measured is None else measured
         self._renew(state)
         return True
 
-    def report(self, token: str, evaluation: dict[str, Any], outcomes: list[float]) -> bool:
+    def report(
+        self,
+        token: str,
+        evaluation: dict[str, Any],
+        outcomes: list[float],
+        history: dict[str, list[float]],
+    ) -> bool:
         """An evaluation, kept by its step. False: refused, see :meth:`alive`."""
         state = self._holder(token)
         if state is None:
             return False
         if state.evaluations.get(evaluation["step"]) != evaluation or state.outcomes != outcomes:
             state.evaluations[evaluation["step"]] = evaluation
-            state.outcomes = outcomes
+            state.outcomes, state.history = outcomes, history
             state.version += 1
         self._renew(state)
         return True
@@ -240,8 +269,18 @@ class Broker:
         if state.token is None:
             return
         state.token = state.group = None
-        if state.attempts >= self._max_attempts:
-            state.error = f"attempt {state.attempts} of {self._max_attempts} was lost: {why}"
+        if state.job.spec.min_workers is not None and state.step > state.farthest:
+            state.vain_attempts = 0
+        state.vain_attempts += 1
+        state.farthest = max(state.farthest, state.step)
+        if state.vain_attempts >= self._max_attempts:
+            counted = f" of {self._max_attempts}"
+            if state.vain_attempts < state.attempts:
+                counted = (
+                    f", one of {self._max_attempts} in a row that got no further than step "
+                    f"{state.farthest},"
+                )
+            state.error = f"attempt {state.attempts}{counted} was lost: {why}"
             state.version += 1
         else:
             self._queue.appendleft(state.job.key)

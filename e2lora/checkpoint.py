@@ -2,8 +2,9 @@
 
     checkpoints/step-000120/
       state.safetensors   full tensors: parameter/NAME, exp_avg/NAME, exp_avg_sq/NAME, adam_steps;
-                          initial/NAME, hooks/NAME where the adapter's family has such
-      state.json          step, identity of the trial, losses and evaluations so far
+                          initial/NAME, hooks/NAME where the adapter's family has such;
+                          history/NAME, what was measured at each step so far
+      state.json          step, identity of the trial, evaluations so far
       COMPLETE            written last; a folder without it does not count
 
 Data order and random states need no place here: both are pure functions of (seed, step).
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -34,31 +36,42 @@ class TrainState:
     step: int
     identity: str
     tensors: dict[str, Tensor]
-    losses: list[float] = field(default_factory=list)
+    history: dict[str, list[float]] = field(default_factory=dict)  # by step
     evaluations: list[Evaluation] = field(default_factory=list)
     outcomes: list[float] = field(default_factory=list)  # of the last evaluation, by row
 
 
 class _Description(Frozen):
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     step: int
     identity: str
-    losses: tuple[float, ...]
     evaluations: tuple[Evaluation, ...]
     outcomes: tuple[float, ...]
 
 
-def save_checkpoint(folder: Path, state: TrainState, keep: int = 1) -> None:
-    """Write ``folder/step-…`` whole or not at all; then remove all but the ``keep`` newest."""
+HISTORY = "history/"
+
+
+def save_checkpoint(
+    folder: Path, state: TrainState, keep: int = 1, best: int | None = None
+) -> None:
+    """Write ``folder/step-…`` whole or not at all; then remove all but the ``keep`` newest.
+
+    Args:
+        best: a step whose state stays, too.
+    """
     final = folder / f"step-{state.step:06d}"
     partial = folder / f".{final.name}.{os.getpid()}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    write_tensors(partial / "state.safetensors", state.tensors)
+    history = {
+        f"{HISTORY}{name}": torch.tensor(values, dtype=torch.float64)
+        for name, values in state.history.items()
+    }
+    write_tensors(partial / "state.safetensors", state.tensors | history)
     description = _Description(
         step=state.step,
         identity=state.identity,
-        losses=tuple(state.losses),
         evaluations=tuple(state.evaluations),
         outcomes=tuple(state.outcomes),
     )
@@ -69,17 +82,18 @@ def save_checkpoint(folder: Path, state: TrainState, keep: int = 1) -> None:
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
     leftovers = folder.glob(".step-*")  # of processes that were killed while they wrote
-    for old in (*_complete(folder)[:-keep], *leftovers):
-        shutil.rmtree(old, ignore_errors=True)
+    old = [path for path in _complete(folder)[:-keep] if _step_of(path) != best]
+    for path in (*old, *leftovers):
+        shutil.rmtree(path, ignore_errors=True)
 
 
-def load_checkpoint(folder: Path, identity: str) -> TrainState | None:
-    """The newest complete state, or None if there is none.
+def load_checkpoint(folder: Path, identity: str, step: int | None = None) -> TrainState | None:
+    """The newest complete state, or that of ``step``; None if there is none.
 
     Raises:
         ValueError: the state belongs to another configuration or plan.
     """
-    found = _complete(folder)
+    found = [path for path in _complete(folder) if step in (None, _step_of(path))]
     if not found:
         return None
     newest = found[-1]
@@ -90,11 +104,16 @@ def load_checkpoint(folder: Path, identity: str) -> TrainState | None:
             f"{newest} was written by {description.identity}, this trial is {identity}. Use "
             "another study name, or remove the folder to train anew."
         )
+    tensors = load_file(newest / "state.safetensors")
+    history = {
+        name.removeprefix(HISTORY): tensors.pop(name).tolist()
+        for name in [name for name in tensors if name.startswith(HISTORY)]
+    }
     return TrainState(
         step=description.step,
         identity=identity,
-        tensors=load_file(newest / "state.safetensors"),
-        losses=list(description.losses),
+        tensors=tensors,
+        history=history,
         evaluations=list(description.evaluations),
         outcomes=list(description.outcomes),
     )
@@ -102,7 +121,11 @@ def load_checkpoint(folder: Path, identity: str) -> TrainState | None:
 
 def _complete(folder: Path) -> list[Path]:
     found = [marker.parent for marker in folder.glob(f"step-*/{MARKER}")]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(found, key=_step_of)
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
 
 
 def _flush_to_disk(file: Path) -> None:

@@ -32,7 +32,7 @@ def is_of_the_cluster(error: Exception) -> bool:
 
 
 def slots(spec: GroupSpec) -> int:
-    """How many groups of this kind the whole cluster holds at once."""
+    """How many groups of this kind, as small as they may be, the whole cluster holds at once."""
     import ray
 
     workers = 0
@@ -43,7 +43,7 @@ def slots(spec: GroupSpec) -> int:
             if spec.gpus_per_worker:
                 fits.append(have.get("GPU", 0) // spec.gpus_per_worker)
             workers += int(min(fits))
-    return workers // spec.num_workers
+    return workers // (spec.min_workers or spec.num_workers)
 
 
 def require_fits(spec: GroupSpec) -> None:
@@ -58,7 +58,7 @@ def require_fits(spec: GroupSpec) -> None:
         have = ray.cluster_resources()
         raise ValueError(
             "a trial's workers must all fit the cluster at once; it asks for "
-            f"{spec.num_workers} worker(s) of {spec.cpus_per_worker:g} CPU and "
+            f"{spec.min_workers or spec.num_workers} worker(s) of {spec.cpus_per_worker:g} CPU and "
             f"{spec.gpus_per_worker:g} GPU each, and the cluster has {have.get('CPU', 0):g} CPU "
             f"and {have.get('GPU', 0):g} GPU on {len(ray.nodes())} node(s). Lower `num_workers`, "
             "`cpus_per_worker` or `gpus_per_worker`, or add nodes."

@@ -5,9 +5,13 @@ from __future__ import annotations
 import importlib
 import os
 import pkgutil
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from e2lora.config import Study, in_one_paragraph
 from e2lora.records import is_thrown_away
@@ -77,6 +81,39 @@ def _shipped() -> list[str]:
 
     names = [module.name for module in pkgutil.iter_modules(search_spaces.__path__)]
     return [f"search_spaces.{name}" for name in sorted(names)]
+
+
+def require_name(option: str, name: str) -> None:
+    """Raises:
+    ValueError: it can't name a folder and actors of Ray.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
+        raise ValueError(
+            f"{option} names a folder and Ray actors: letters, digits, '.', '_' and '-', a letter "
+            f"or digit first; got {name!r}. Choose another name."
+        )
+
+
+@contextmanager
+def held_alone(folder: Path, what: str, option: str) -> Iterator[None]:
+    """One process at a time may work in a folder; the lock goes with the process that holds it.
+
+    Args:
+        what: that the folder holds, as ``"a study"``.
+        option: of the command, that names it.
+
+    Raises:
+        ValueError: another process works there now.
+    """
+    lock = FileLock(folder / ".lock", blocking=False)
+    try:
+        with lock:
+            yield
+    except Timeout as error:
+        raise ValueError(
+            f"{what} is run by one process at a time; another one runs {folder} now. Wait for it, "
+            f"or give this one another {option} name."
+        ) from error
 
 
 def default_storage() -> Path:

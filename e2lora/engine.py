@@ -7,8 +7,8 @@ state is small, so it is gathered to full tensors by name and scattered again.
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -16,48 +16,40 @@ from torch import Tensor
 
 from e2lora.adapters import FAMILIES, is_head, trainable_parameters
 from e2lora.adapters.family import Handle
+from e2lora.compiling import compiled
 from e2lora.config import AdapterConfig, TrainConfig
+from e2lora.gathering import frugal_linears, leave
+from e2lora.partitioned import gathered, import_deepspeed, is_part, is_partitioned, numel_of
+from e2lora.states import MOMENTS, STATES
 
-ADAM_STATE = ("exp_avg", "exp_avg_sq")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LARGEST_BUCKET = 500_000_000  # entries; DeepSpeed's default
+LOSS_SCALE = "loss_scale/"
+SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
-def import_deepspeed() -> Any:
-    """DeepSpeed, made quiet and quick to start.
+def deepspeed_config(training: TrainConfig, num_trained: int) -> dict[str, Any]:
+    """DeepSpeed's dictionary, with what follows from the number of trained parameters.
 
-    Its first ZeRO engine imports an optimizer decorated with ``torch.compile``, which pulls in
-    inductor (seconds), and on CPU it compiles an operator for shared memory (minutes); neither
-    is used here.
+    It makes a buffer for gradients as large as a whole model's, where an adapter has few.
     """
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    import deepspeed
-
-    deepspeed.utils.logger.setLevel("WARNING")
-    compatible = getattr(deepspeed.ops, "__compatible_ops__", None)
-    if isinstance(compatible, dict) and "deepspeed_shm_comm" in compatible:
-        compatible["deepspeed_shm_comm"] = False
-    return deepspeed
-
-
-def deepspeed_config(training: TrainConfig) -> dict[str, Any]:
-    """DeepSpeed's dictionary, derived from ours alone."""
-    share = training.num_workers * training.gradient_accumulation_steps
-    return {
-        "train_micro_batch_size_per_gpu": training.global_batch_size // share,
-        "gradient_accumulation_steps": training.gradient_accumulation_steps,
-        "gradient_clipping": training.max_grad_norm,
-        "zero_optimization": {"stage": training.zero_stage},
-        "bf16": {"enabled": training.precision == "bf16"},
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 2**31,
-    }
+    config = training.deepspeed_config()
+    derived: dict[str, Any] = {"reduce_bucket_size": max(1, min(LARGEST_BUCKET, num_trained))}
+    if training.zero_stage == 3:
+        derived["memory_efficient_linear"] = False  # frugal_linears does it
+    zero = {**derived, **config["zero_optimization"]}
+    for name in ("offload_optimizer", "offload_param"):
+        if name in zero:
+            zero[name] = {"pin_memory": torch.cuda.is_available(), **zero[name]}
+    return {**config, "zero_optimization": zero}
 
 
 def learning_rate_factor(training: TrainConfig, step: int) -> float:
     """Share of the peak learning rate at optimiser step ``step`` (from 0): warmup, then decay."""
-    if step < training.warmup_steps:
-        return (step + 1) / training.warmup_steps
-    span = training.max_steps - training.warmup_steps
-    progress = (step - training.warmup_steps) / span
+    if step < training.num_warmup_steps:
+        return (step + 1) / training.num_warmup_steps
+    span = training.num_steps - training.num_warmup_steps
+    progress = (step - training.num_warmup_steps) / span
     if training.schedule == "linear":
         return 1.0 - progress
     if training.schedule == "cosine":
@@ -89,10 +81,22 @@ def adapter_buffers(model: Any) -> Iterator[Tensor]:
 
 
 class Engine(Handle):
-    """``deepspeed.initialize`` around an adapted model, one per trial."""
+    """``deepspeed.initialize`` around an adapted model, one per trial.
+
+    At stage 3 whatever of the model isn't partitioned yet is now; its base stays so.
+
+    Raises:
+        ValueError: a partitioned model at another stage, a precision that the device lacks.
+    """
 
     def __init__(self, model: Any, adapter: AdapterConfig, training: TrainConfig) -> None:
-        self.training = training
+        self.training, self._model = training, model
+        if training.zero_stage != 3 and is_partitioned(model):
+            raise ValueError(
+                "a model whose weights are partitioned is trained at ZeRO stage 3; got "
+                f"zero_stage={training.zero_stage}. Load it without `partitioning`, or use stage 3."
+            )
+        _require_precision(training.precision)
         self.parameters = trainable_parameters(model)
         by_rate: dict[tuple[float, bool], list[Tensor]] = {}
         for name, parameter in self.parameters.items():
@@ -103,16 +107,27 @@ class Engine(Handle):
             for (peak, head), parameters in by_rate.items()
         ]
         optimizer = torch.optim.AdamW(groups, weight_decay=training.weight_decay)
+        num_trained = sum(map(numel_of, self.parameters.values()))
+        dtype = DTYPES[training.precision]
+        if training.zero_stage == 3 and is_partitioned(model):
+            _cast_adapter(model, dtype)
         self._engine, *_ = import_deepspeed().initialize(
             model=model,
             optimizer=optimizer,
-            config=deepspeed_config(training),
+            config=deepspeed_config(training, num_trained),
             dist_init_required=False,
         )
-        if training.precision == "bf16":
+        if training.precision != "fp32":
             for buffer in adapter_buffers(model):
-                buffer.data = buffer.data.bfloat16()
+                buffer.data = buffer.data.to(dtype)
         self._adam = optimizer
+        self._states = STATES[training.zero_stage](self._engine, optimizer)
+        self._norm = 0.0
+        self._held = ExitStack()
+        if training.torch_compile:
+            self._held.enter_context(compiled(model))
+        if training.zero_stage == 3:
+            self._held.enter_context(frugal_linears(model))
 
     @property
     def module(self) -> Any:
@@ -121,6 +136,8 @@ class Engine(Handle):
     @property
     def device(self) -> torch.device:
         return torch.device(self._engine.device)
+
+    # ---- steps --------------------------------------------------------------------------------
 
     def backward(self, loss: Tensor) -> None:
         """Of one microbatch; DeepSpeed averages over microbatches and workers."""
@@ -132,90 +149,110 @@ class Engine(Handle):
         for group in self._engine.optimizer.param_groups:
             scale = 1.0 if group["head"] else self.learning_rate_scale
             group["lr"] = group["peak"] * factor * scale
+        if self.training.zero_stage == 0 and self._engine.is_gradient_accumulation_boundary():
+            self._norm = self._whole_norm()
         self._engine.step()
 
-    def gradient(self, name: str) -> Tensor:
-        from deepspeed.utils import safe_get_full_grad
+    def gradient_norm(self) -> float:
+        """Of all gradients of the last step, of all workers, before clipping."""
+        if self.training.zero_stage == 0:
+            return self._norm
+        return float(self._engine.get_global_grad_norm())
 
-        gradient = safe_get_full_grad(self.parameters[name])
+    def _whole_norm(self) -> float:
+        """Where DeepSpeed doesn't tell; the gradients are whole, and gone after the step."""
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        return float(torch.nn.utils.get_total_norm(gradients))
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the last step changed nothing, since gradients overflowed."""
+        return not self._engine.was_step_applied()
+
+    # ---- what a family's hooks see ------------------------------------------------------------
+
+    def gradient(self, name: str) -> Tensor:
+        gradient = self._states.gradient(self.parameters[name])
         if gradient is None:
             raise RuntimeError(f"{name} has no gradient after backward: does the loss reach it?")
-        return gradient.detach().float().clone()
+        scale = getattr(self._engine.optimizer, "loss_scale", 1.0)  # of fp16
+        return gradient.detach().float() / scale
 
     def value(self, name: str) -> Tensor:
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        parameter = self.parameters[name]
-        partitioned = self._partitioned(parameter)
-        full = safe_get_full_fp32_param(parameter) if partitioned else parameter
-        return full.detach().float().clone()
+        return self._states.value(self.parameters[name]).detach().float().clone()
 
     def assign(self, name: str, value: Tensor) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param
-
-        parameter = self.parameters[name]
-        parameter.data.copy_(value)
-        if self._partitioned(parameter):
-            safe_set_full_fp32_param(parameter, value.to(parameter.device))
+        self._states.set_value(self.parameters[name], value)
 
     def restart_optimizer(self) -> None:
         for state in self._adam.state.values():
             for value in state.values():
                 value.zero_()
 
+    # ---- checkpoints --------------------------------------------------------------------------
+
     def gather(self) -> dict[str, Tensor]:
         """Full float32 parameters and Adam moments by name, on CPU. Collective: all must call."""
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-        self._link_partitions()
-        tensors: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {"adam_steps": self._states.steps(), **self._loss_scale()}
         for name, parameter in self.parameters.items():
-            if self._partitioned(parameter):
-                full = safe_get_full_fp32_param(parameter)
-                state = {k: safe_get_full_optimizer_state(parameter, k) for k in ADAM_STATE}
-            else:
-                full, none = parameter.detach(), torch.zeros_like(parameter)
-                # a weight that the loss doesn't reach has no moments
-                state = {k: self._adam.state[parameter].get(k, none) for k in ADAM_STATE}
-            tensors[f"parameter/{name}"] = full
-            tensors |= {f"{key}/{name}": state[key] for key in ADAM_STATE}
-        tensors["adam_steps"] = next(s["step"] for s in self._adam.state.values() if s)
-        return {key: value.detach().float().cpu().clone() for key, value in tensors.items()}
+            tensors[f"parameter/{name}"] = _on_cpu(self._states.value(parameter))
+            for key in MOMENTS:
+                tensors[f"{key}/{name}"] = _on_cpu(self._states.moment(parameter, key))
+        return tensors
 
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        """The inverse of :meth:`gather`, on any number of workers."""
-        from deepspeed.utils import safe_set_full_optimizer_state
-
-        for group in self._adam.param_groups:
-            for held in group["params"]:  # under ZeRO: this worker's flat partitions
-                self._adam.state[held] = {
-                    "step": tensors["adam_steps"].clone(),
-                    **{key: torch.zeros_like(held) for key in ADAM_STATE},
-                }
-        self._link_partitions()
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """The inverse of :meth:`gather`, on any number of workers and at any stage. Collective."""
+        self._states.begin(tensors["adam_steps"])
+        for key in self._loss_scale().keys() & tensors.keys():
+            name = key.removeprefix(LOSS_SCALE)
+            kind = type(getattr(self._engine.optimizer.loss_scaler, name))
+            setattr(self._engine.optimizer.loss_scaler, name, kind(tensors[key].item()))
         for name, parameter in self.parameters.items():
             self.assign(name, tensors[f"parameter/{name}"])
-            state = {key: tensors[f"{key}/{name}"].to(parameter.device) for key in ADAM_STATE}
-            if self._partitioned(parameter):
-                for key, value in state.items():
-                    safe_set_full_optimizer_state(parameter, value, key)
-            else:
-                self._adam.state[parameter] |= state
+            for key in MOMENTS:
+                self._states.set_moment(parameter, key, tensors[f"{key}/{name}"])
 
-    def _link_partitions(self) -> None:
-        """Let ``safe_get/set_full_optimizer_state`` see Adam's moments of every parameter group.
+    def _loss_scale(self) -> dict[str, Tensor]:
+        """Of fp16, where it adapts itself: how far it is, and what it waits for."""
+        scaler = getattr(self._engine.optimizer, "loss_scaler", None)
+        if not getattr(scaler, "dynamic", False):
+            return {}
+        return {f"{LOSS_SCALE}{n}": torch.tensor(float(getattr(scaler, n))) for n in SCALER_STATE}
 
-        DeepSpeed (0.19) links them once, after the first group has stepped, when the others have
-        no moments yet; so with two groups it must be told to link again.
-        """
-        zero = self._engine.optimizer
-        if hasattr(zero, "_hp_optimizer_states_linked"):
-            zero._hp_optimizer_states_linked = False
-            zero._lazy_init_hp_params_optimizer_state()
-
-    @staticmethod
-    def _partitioned(parameter: Tensor) -> bool:
-        return hasattr(parameter, "_hp_mapping")
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Trained parameters are whole on every worker within, to be read. Collective."""
+        with gathered(self.parameters.values()):
+            yield
 
     def close(self) -> None:
+        """Leave the model without an engine. Collective at stage 3, and harmless twice."""
+        self._held.close()
+        for hook in (self._engine.module_forward_pre_hook, self._engine.module_forward_post_hook):
+            hook.remove()
         self._engine.destroy()
+        if self.training.zero_stage == 3:
+            leave(self._model)
+
+
+def _require_precision(precision: str) -> None:
+    accelerator = import_deepspeed().accelerator.get_accelerator()
+    if precision == "fp16" and not accelerator.is_fp16_supported():
+        raise ValueError(
+            "float16 needs a device that computes in it; "
+            f"{accelerator.device_name()} doesn't. Use precision='bf16' or 'fp32'."
+        )
+
+
+def _cast_adapter(model: Any, dtype: torch.dtype) -> None:
+    """What isn't partitioned, in the type that training computes in.
+
+    DeepSpeed (0.19) does it where all of a model is plain, and not where its base is partitioned.
+    """
+    for parameter in model.parameters():
+        if not is_part(parameter) and parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+
+
+def _on_cpu(tensor: Tensor) -> Tensor:
+    return tensor.detach().float().cpu().clone()

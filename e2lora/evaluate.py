@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
+from e2lora.partitioned import is_partitioned
 from e2lora.tasks import Features, Task
+from e2lora.tasks.columns import lengths_of, picked
 from e2lora.tasks.scores import RowScore
 
 
@@ -23,24 +26,30 @@ def evaluate(
 ) -> tuple[dict[str, float], list[float]]:
     """Metrics of the split and the outcome of every row, in row order; the same on each worker.
 
-    Rows are batched by length, so little is padded.
+    Rows are batched by length, so little is padded. A model whose weights are partitioned gathers
+    them in every forward, so there all workers make equally many: one with fewer rows runs the
+    shortest again, and drops what it scored.
 
     Args:
         group: process group of all workers, or None for one.
         on_batch: called after each batch, to show that the worker lives.
     """
     rank, world = (dist.get_rank(group), dist.get_world_size(group)) if group else (0, 1)
-    by_length = sorted(range(len(features)), key=lambda i: (len(features[i]["input_ids"]), i))
+    by_length = np.argsort(lengths_of(features), kind="stable").tolist()
     mine = by_length[rank::world]
+    batches = [mine[begin : begin + batch_size] for begin in range(0, len(mine), batch_size)]
+    most = -(-len(by_length[::world]) // batch_size) if is_partitioned(model) else len(batches)
+    again = [by_length[:1]] * (most - len(batches))
     scores: dict[int, RowScore] = {}
     training = model.training
     model.eval()
     with torch.no_grad():
-        for begin in range(0, len(mine), batch_size):
-            rows = mine[begin : begin + batch_size]
-            batch = task.collate([features[i] for i in rows], tokenizer)
+        for number, rows in enumerate([*batches, *again]):
+            batch = task.collate(picked(features, rows), tokenizer)
             batch = {key: value.to(model.device) for key, value in batch.items()}
-            scores |= dict(zip(rows, task.score(model, batch), strict=True))
+            scored = dict(zip(rows, task.score(model, batch), strict=True))
+            if number < len(batches):
+                scores |= scored
             on_batch()
     model.train(training)
     if group:

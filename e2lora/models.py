@@ -14,7 +14,23 @@ import torch
 from torch import nn
 
 from e2lora.assets import resolve
+from e2lora.attention import attention_for_float32, choose_attention, class_to_build
 from e2lora.config import ModelConfig
+from e2lora.partitioned import (
+    Partitioning,
+    added_over_workers,
+    gathered,
+    is_part,
+    numel_of,
+    own_part,
+    partition,
+    partitioning_weights,
+    recast,
+    shape_of,
+)
+from e2lora.quantized import nf4, require_bitsandbytes, scales_of, settle
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -32,17 +48,26 @@ class Base:
 
 
 def load_base(
-    config: ModelConfig, auto_class: Any, num_labels: int | None, dtype: torch.dtype
+    config: ModelConfig,
+    auto_class: Any,
+    num_labels: int | None,
+    dtype: torch.dtype,
+    device: torch.device = CPU,
+    partitioning: Partitioning | None = None,
 ) -> Base:
     """Load weights and tokenizer, freeze everything, find the freshly initialised head.
 
     Args:
         num_labels: of the label head; None for a model without one.
+        device: where it will compute: attention is chosen for it, and quantised weights are made
+            there; others are left in main memory.
+        partitioning: spread the weights over all workers as they are read. Collective.
 
     Raises:
-        FileNotFoundError, OSError, ValueError: no such model, no weights, or unusable overrides.
+        FileNotFoundError, OSError, ValueError: no such model, no weights, unusable overrides, or
+            an attention or quantisation that isn't to be had.
     """
-    model, head = load_model(config, auto_class, num_labels, dtype)
+    model, head = load_model(config, auto_class, num_labels, dtype, device, partitioning)
     tokenizer = load_tokenizer(config, model.config)
     if getattr(model.config, "pad_token_id", None) is None:  # GPT-2 has none, and asks for one
         model.config.pad_token_id = tokenizer.pad_token_id
@@ -50,19 +75,28 @@ def load_base(
 
 
 def load_model(
-    config: ModelConfig, auto_class: Any, num_labels: int | None, dtype: torch.dtype
+    config: ModelConfig,
+    auto_class: Any,
+    num_labels: int | None,
+    dtype: torch.dtype,
+    device: torch.device = CPU,
+    partitioning: Partitioning | None = None,
 ) -> tuple[Any, tuple[str, ...]]:
     """The frozen model of :func:`load_base` alone, and its freshly initialised head."""
     location = require_weights(config)
     model_config = _model_config(config, num_labels)
+    options = _how_to_compute(config, auto_class, model_config, dtype, device)
     try:
-        model, info = auto_class.from_pretrained(
-            location,
-            config=model_config,
-            revision=config.revision,
-            dtype=dtype,
-            output_loading_info=True,
-        )
+        # bitsandbytes makes its weights of whole ones
+        with partitioning_weights(None if config.quantization else partitioning):
+            model, info = auto_class.from_pretrained(
+                location,
+                config=model_config,
+                revision=config.revision,
+                dtype=dtype,
+                output_loading_info=True,
+                **options,
+            )
     except (ValueError, OSError) as error:
         _require_architecture(error, config, auto_class)
         raise
@@ -71,8 +105,33 @@ def load_model(
             f"a model's weights must be readable; those of {config.name!r} are not: "
             f"{type(error).__name__}: {error}. Take another copy of its files."
         ) from error
+    head = _head_modules(model, info["missing_keys"])
+    if config.quantization:
+        settle(model, head, dtype, device)
+        if partitioning:
+            partition(model, partitioning)
     model.requires_grad_(False)
-    return model, _head_modules(model, info["missing_keys"])
+    return model, head
+
+
+def _how_to_compute(
+    config: ModelConfig,
+    auto_class: Any,
+    model_config: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Options of ``from_pretrained`` that decide how, and not what, is computed."""
+    options: dict[str, Any] = {}
+    model_class = class_to_build(auto_class, model_config)
+    if model_class is not None:  # otherwise loading says that there is none
+        options["attn_implementation"] = choose_attention(
+            config.attn_implementation, model_class, device, dtype
+        )
+    if config.quantization:
+        require_bitsandbytes()
+        options |= {"quantization_config": nf4(dtype), "device_map": {"": device}}
+    return options
 
 
 def load_structure(config: ModelConfig, auto_class: Any, num_labels: int | None) -> nn.Module:
@@ -188,26 +247,32 @@ def reset_head(model: Any, head: Sequence[str], seed: int) -> None:
     std = getattr(text_config, "initializer_range", None) or 0.02
     torch.manual_seed(seed)
     for name in head:
-        for module in model.get_submodule(name).modules():
-            if isinstance(module, nn.Linear):
-                module.weight.data.copy_(torch.empty(module.weight.shape).normal_(std=std))
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+        part = model.get_submodule(name)
+        with gathered(part.parameters(), write=True):
+            for module in part.modules():
+                if isinstance(module, nn.Linear):
+                    module.weight.data.copy_(torch.empty(module.weight.shape).normal_(std=std))
+                    if module.bias is not None:
+                        nn.init.zeros_(module.bias)
+                elif hasattr(module, "reset_parameters"):
+                    module.reset_parameters()
 
 
 @contextmanager
 def in_float32(model: nn.Module) -> Iterator[None]:
-    """Hold narrower parameters in float32 for a while; then they are bit for bit as before."""
+    """Hold narrower parameters in float32 for a while; then they are bit for bit as before.
+
+    Quantised weights stay as they are, and compute as they do.
+    """
     narrow = [(p, p.dtype) for p in model.parameters() if p.dtype in (torch.bfloat16, torch.half)]
     for parameter, _ in narrow:
-        parameter.data = parameter.data.float()
+        recast(parameter, torch.float32)
     try:
-        yield
+        with attention_for_float32(model):
+            yield
     finally:
         for parameter, dtype in narrow:
-            parameter.data = parameter.data.to(dtype)
+            recast(parameter, dtype)
 
 
 def own_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
@@ -228,6 +293,7 @@ def own_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
                 break
         else:
             yield ".".join(bare), tensor
+            yield from ((".".join([*bare, part]), scale) for part, scale in scales_of(tensor))
 
 
 def dtype_of(model: Any) -> str:
@@ -254,20 +320,46 @@ def weights_fingerprint(model: nn.Module, skip: Sequence[str] = ()) -> str:
     """Sixteen hex digits of all weights' names, shapes and bits, those of ``skip`` left out.
 
     The bits enter by chunks, as a sum of words with a factor of its own for each place, on the
-    device where they lie: any changed, swapped or moved weight shows.
+    device where they lie: any changed, swapped or moved weight shows. Of partitioned weights each
+    worker adds up its parts, so the sums, and the fingerprint, are those of the plain model.
+    Collective for these.
     """
-    digest = hashlib.sha256()
-    words = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     factors: dict[torch.device, torch.Tensor] = {}
-    for name, tensor in own_weights(model):
-        if any(name == module or name.startswith(f"{module}.") for module in skip):
-            continue
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        if tensor.device not in factors:
-            places = torch.arange(FINGERPRINT_CHUNK, device=tensor.device)
-            factors[tensor.device] = (2 * places + 1) * FINGERPRINT_FACTOR
-        bits = tensor.detach().contiguous().view(words[tensor.element_size()]).flatten()
-        for chunk in bits.split(FINGERPRINT_CHUNK):
-            total = int((chunk.long() * factors[tensor.device][: len(chunk)]).sum())
-            digest.update(f"{total}\n".encode())
+    kept = [
+        (name, tensor)
+        for name, tensor in own_weights(model)
+        if not any(name == module or name.startswith(f"{module}.") for module in skip)
+    ]
+    sums = [_chunk_sums(tensor, factors) for _, tensor in kept]
+    partial = [number for number, (_, tensor) in enumerate(kept) if is_part(tensor)]
+    if partial:
+        lengths = [len(sums[number]) for number in partial]
+        whole = added_over_workers(torch.cat([sums[n] for n in partial]), kept[partial[0]][1])
+        for number, total in zip(partial, whole.split(lengths), strict=True):
+            sums[number] = total
+    digest = hashlib.sha256()
+    for (name, tensor), totals in zip(kept, sums, strict=True):
+        digest.update(f"{name} {shape_of(tensor)} {tensor.dtype}\n".encode())
+        digest.update("".join(f"{total}\n" for total in totals.tolist()).encode())
     return digest.hexdigest()[:16]
+
+
+WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _chunk_sums(tensor: torch.Tensor, factors: dict[torch.device, torch.Tensor]) -> torch.Tensor:
+    """Modulo 2**64, of what of a tensor this worker holds: a number for each chunk of the whole."""
+    first, held = own_part(tensor) if is_part(tensor) else (0, tensor.detach().flatten())
+    device = held.device
+    if device not in factors:
+        places = torch.arange(FINGERPRINT_CHUNK, device=device)
+        factors[device] = (2 * places + 1) * FINGERPRINT_FACTOR
+    num_chunks = max(1, -(-numel_of(tensor) // FINGERPRINT_CHUNK))
+    sums = torch.zeros(num_chunks, dtype=torch.int64, device=device)
+    bits, begin = held.contiguous().view(WORDS[held.element_size()]), 0
+    while begin < len(bits):
+        number, place = divmod(first + begin, FINGERPRINT_CHUNK)
+        chunk = bits[begin : begin + FINGERPRINT_CHUNK - place]
+        sums[number] = (chunk.long() * factors[device][place : place + len(chunk)]).sum()
+        begin += len(chunk)
+    return sums

@@ -12,12 +12,13 @@ import queue
 import threading
 import time
 import uuid
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from e2lora.broker import Attempt, Broker, Job, Update
+from e2lora.broker import Attempt, Broker, Job, Running, Update
 from e2lora.cluster import HEAD, slots
 from e2lora.config import GroupSpec
 
@@ -49,17 +50,25 @@ class BrokerActor:
     async def submit(self, job: Job) -> None:
         self._broker.submit(job)
 
-    async def progress(self) -> dict[str, tuple[int, int]]:
+    async def progress(self) -> dict[str, Running]:
         return self._broker.progress()
 
     async def join(self, group: str) -> int:
         return self._broker.join(group)
 
-    async def alive(self, token: str, step: int | None = None) -> bool:
-        return self._broker.alive(token, step)
+    async def alive(
+        self, token: str, step: int | None = None, measured: dict[str, float] | None = None
+    ) -> bool:
+        return self._broker.alive(token, step, measured)
 
-    async def report(self, token: str, evaluation: dict[str, Any], outcomes: list[float]) -> bool:
-        return self._broker.report(token, evaluation, outcomes)
+    async def report(
+        self,
+        token: str,
+        evaluation: dict[str, Any],
+        outcomes: list[float],
+        history: dict[str, list[float]],
+    ) -> bool:
+        return self._broker.report(token, evaluation, outcomes, history)
 
     async def complete(self, token: str, result: dict[str, Any]) -> bool:
         return self._broker.complete(token, result)
@@ -156,6 +165,17 @@ class Pool:
             JobFailed: with the job's error.
             RuntimeError: no group can serve it.
         """
+        *_, last = self.updates(job)
+        if last.error is not None:
+            raise JobFailed(last.error)
+        return last.result or {}
+
+    def updates(self, job: Job) -> Iterator[Update]:
+        """Submit one job and follow it; the last update is the one that has ended.
+
+        Raises:
+            RuntimeError: no group can serve it.
+        """
         import ray
 
         ray.get(self.broker.submit.remote(job))
@@ -166,10 +186,19 @@ class Pool:
                 self.require_healthy()
                 continue
             seen, update = news
-            if update.error is not None:
-                raise JobFailed(update.error)
-            if update.result is not None:
-                return update.result
+            yield update
+            if update.ended:
+                return
+
+    def progress(self) -> dict[str, Running]:
+        """Running jobs by their keys; none while the broker doesn't answer."""
+        import ray
+
+        try:
+            running: dict[str, Running] = ray.get(self.broker.progress.remote())
+        except ray.exceptions.RayError:
+            return {}  # `require_healthy` says what is wrong
+        return running
 
     def require_healthy(self) -> None:
         """Raise what keeps jobs from being served, if anything does."""
@@ -239,6 +268,8 @@ class Pool:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
 
+        few, many = spec.min_workers, spec.num_workers
+        num_workers: Any = many if few is None else (few, many)
         resources = {"CPU": spec.cpus_per_worker}
         if spec.gpus_per_worker:
             resources["GPU"] = spec.gpus_per_worker
@@ -253,7 +284,7 @@ class Pool:
             },
             torch_config=TorchConfig(backend="nccl" if spec.gpus_per_worker else "gloo"),
             scaling_config=ScalingConfig(
-                num_workers=spec.num_workers,
+                num_workers=num_workers,
                 use_gpu=spec.gpus_per_worker > 0,
                 resources_per_worker=resources,
             ),
@@ -281,4 +312,11 @@ def _group_loop(config: dict[str, Any]) -> None:
     except ValueError:  # the pool closed before this group came up
         return
     spec = GroupSpec(**config["spec"])
-    serve(broker, config["name"], spec, config["max_jobs"], config["lease_seconds"])
+    serve(broker, config["name"], spec, config["max_jobs"], config["lease_seconds"], _is_preempted)
+
+
+def _is_preempted() -> bool:
+    """Whether a node of this group is about to be taken away. Collective."""
+    from ray.train import get_preemption_info
+
+    return get_preemption_info() is not None

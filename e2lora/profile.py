@@ -108,6 +108,7 @@ def _measure(
             ),
             group,
             on_progress,
+            again=_collated(base, task, folds[0][:1]),
         )
         dtype = str(base.model.dtype).removeprefix("torch.")
     return GradientProfile(
@@ -170,6 +171,7 @@ def measure_group_gradients(
             calibration.checkpointing,
             group,
             alive,
+            again=_collated(base, task, rows[:1]),
         )
 
 

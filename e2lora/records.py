@@ -9,7 +9,7 @@ STORAGE/STUDY/
     plan.json                SharingPlan
     metrics.jsonl            Evaluation, one line each
     outcomes.json            of the last evaluation: one number per validation row, in row order
-    losses.json              training loss of every step
+    steps.json               what was measured at each step: a list for each, by step
     result.json              TrialResult: written last, when the trial has ended
     checkpoints/  adapter/
   report/                    report.html, pareto.png, …
@@ -67,19 +67,23 @@ class StudyRecord(Frozen):
 
 
 class TrialFolder:
-    """Paths and readers of one trial; ``number`` is its number in the ledger."""
+    """Paths and readers of one trial."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.number = int(path.name)
         self.result_file = path / "result.json"
         self.metrics_file = path / "metrics.jsonl"
         self.outcomes_file = path / "outcomes.json"
-        self.losses_file = path / "losses.json"
+        self.steps_file = path / "steps.json"
         self.config_file = path / "trial.json"
         self.plan_file = path / "plan.json"
         self.checkpoints = path / "checkpoints"
         self.adapter = path / "adapter"
+
+    @property
+    def number(self) -> int:
+        """Of a study's trial, in the ledger."""
+        return int(self.path.name)
 
     def config(self) -> TrialConfig:
         return TrialConfig.model_validate_json(self.config_file.read_text())
@@ -99,6 +103,10 @@ class TrialFolder:
             return []
         lines = self.metrics_file.read_text().splitlines()
         return [Evaluation.model_validate_json(line) for line in lines]
+
+    def steps(self) -> dict[str, list[float]]:
+        """What was measured at each step: ``loss``, ``learning_rate``, ``tokens_per_second`` …"""
+        return json.loads(self.steps_file.read_text()) if self.steps_file.exists() else {}
 
     def outcomes(self) -> list[float] | None:
         return json.loads(self.outcomes_file.read_text()) if self.outcomes_file.exists() else None

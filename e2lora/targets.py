@@ -17,6 +17,7 @@ from torch import nn
 
 from e2lora.models import wrapped_modules
 from e2lora.moments import Target
+from e2lora.partitioned import shape_of
 
 
 def find_targets(model: nn.Module, target_modules: Sequence[str] | str) -> tuple[Target, ...]:
@@ -111,7 +112,8 @@ def _is_one_matrix(module: nn.Module) -> bool:
     anything); experts are called with more than x.
     """
     own = list(chain(module.parameters(recurse=False), module.buffers(recurse=False)))
-    matrices = [t for t in chain(module.parameters(), module.buffers()) if t.dim() > 1]
+    tensors = chain(module.parameters(), module.buffers())
+    matrices = [tensor for tensor in tensors if len(shape_of(tensor)) > 1]
     if not own or not {id(matrix) for matrix in matrices} <= {id(tensor) for tensor in own}:
         return False
     arguments = inspect.signature(module.forward).parameters.values()

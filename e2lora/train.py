@@ -7,56 +7,78 @@ resumed trial, one on a used group and one in a fresh process give the same numb
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from e2lora.adapters import FAMILIES, adapt, count_parameters, require_possible_trial
+from e2lora.activations import activation_checkpointed
+from e2lora.adapters import FAMILIES, count_parameters
 from e2lora.adapters.family import DEFAULT_NAME
 from e2lora.adapters.storage import save_adapter
 from e2lora.checkpoint import TrainState, load_checkpoint, save_checkpoint
+from e2lora.compiling import compiled
 from e2lora.config import TrialConfig, fingerprint_of
-from e2lora.data import microbatches_of, step_rows
-from e2lora.engine import Engine
+from e2lora.data import Batches, StepBatch
+from e2lora.engine import Engine, learning_rate_factor
 from e2lora.evaluate import evaluate
-from e2lora.models import Base, reset_head
+from e2lora.health import explained_memory, require_finite
+from e2lora.meter import Meter
+from e2lora.models import Base
+from e2lora.outset import (
+    adapt_base,
+    agreed_checkpoint,
+    below,
+    require_same_start,
+    require_trainable,
+    with_cut_batches,
+)
 from e2lora.plan import SharingPlan
-from e2lora.profile import measure_group_gradients
 from e2lora.records import Evaluation, TrialFolder
+from e2lora.stopping import best_of, is_over
 from e2lora.tasks import TrialData
-
-CHECKPOINT_TRIES = 30  # one a second
+from e2lora.tasks.packing import attends_flat
 
 
 class TrialStopped(Exception):
     """The attempt is no longer wanted: stop at once and report nothing."""
 
 
+History = dict[str, list[float]]
+"""What was measured, by name: one number for each step so far."""
+
+
 @dataclass(frozen=True)
 class Reports:
     """How a running trial speaks to the study; all are called on every worker.
 
-    ``on_step`` raises :class:`TrialStopped`, on all workers or none; so it is called by all at
-    the same point. ``alive`` may be called at any time, and never raises.
+    ``on_step`` is told what the step measured; it raises :class:`TrialStopped`, on all workers or
+    none, so it is called by all at the same point, and says whether the state must be saved now:
+    the machine will be taken away. ``alive`` may be called at any time, and never raises.
     """
 
     alive: Callable[[], None] = lambda: None
-    on_step: Callable[[int], None] = lambda step: None
-    on_evaluation: Callable[[Evaluation, list[float]], None] = lambda evaluation, outcomes: None
+    on_step: Callable[[int, dict[str, float]], bool | None] = lambda step, measured: False
+    on_evaluation: Callable[[Evaluation, list[float], History], None] = lambda *told: None
 
 
 @dataclass(frozen=True)
 class TrainedTrial:
-    """What a finished trial leaves: loss of every step, evaluations, and counts."""
+    """What a finished trial leaves; ``final`` is the evaluation of the weights that are kept."""
 
-    losses: list[float]
+    history: History
     evaluations: list[Evaluation]
+    final: Evaluation
     adapter_parameters: int
     head_parameters: int
+
+    @property
+    def losses(self) -> list[float]:
+        """The mean training loss of every step."""
+        return self.history["loss"]
 
 
 def run_trial(
@@ -78,10 +100,16 @@ def run_trial(
     Raises:
         TrialStopped: from ``reports``.
         FloatingPointError: the loss is not finite.
-        ValueError: the plan doesn't fit, or a checkpoint is another trial's.
+        OutOfMemory: a step doesn't fit.
+        ValueError: the plan doesn't fit, workers disagree, or a checkpoint is another trial's.
     """
-    require_possible_trial(config)
-    config = config.model_copy(update={"adapter": config.adapter.seeded(config.seed)})
+    config = config.model_copy(
+        update={
+            "adapter": config.adapter.seeded(config.seed),
+            "training": config.training.for_rows(len(data.train)),
+        }
+    )
+    require_trainable(config, plan, data)
     run = _Run(base, data, plan, config, folder, reports, group)
     try:
         return run.to_the_end()
@@ -109,136 +137,149 @@ class _Run:
         self.adapted: Any = None
         self.rank = dist.get_rank(group) if group else 0
         self.identity = fingerprint_of([config.identity(), plan.fingerprint()])
-        self.losses: list[float] = []
+        self.history: History = {}
         self.evaluations: list[Evaluation] = []
         self.outcomes: list[float] = []
 
     def to_the_end(self) -> TrainedTrial:
+        state = agreed_checkpoint(self.folder.checkpoints, self.identity, self.group)
+        self.adapted = adapt_base(
+            self.base, self.data, self.plan, self.config, state, self.group, self.reports.alive
+        )
+        counts = count_parameters(self.adapted)
+        require_same_start(self.adapted, self.base, self.data, self.plan, self.config, self.group)
+        with ExitStack() as stack:
+            kind = self.config.training.activation_checkpointing
+            stack.enter_context(activation_checkpointed(self.adapted, kind))
+            training = with_cut_batches(self.adapted, self.base, self.data, self.config, self.group)
+            self.config = self.config.model_copy(update={"training": training})
+            stack.enter_context(compiled(self.adapted) if training.torch_compile else nullcontext())
+            self._start_engine()
+            stack.callback(self.engine.close)
+            if state:
+                self._go_to(state)
+                self._tell_again()
+            with explained_memory(training):
+                self._train(range(state.step if state else 0, training.num_steps))
+            self._return_to_best()
+            with self.engine.gathered():
+                self._save()
+        return TrainedTrial(self.history, self.evaluations, self.final, *counts)
+
+    def _start_engine(self) -> None:
         adapter, training = self.config.adapter, self.config.training
-        state = self._agreed_checkpoint()
-        self._adapt(state)
-        adapter_parameters, head_parameters = count_parameters(self.adapted)
         self.engine = Engine(self.adapted, adapter, training)
         self.hooks = self.family.hooks(self.adapted, adapter, training, self.engine)
-        try:
-            start = self._resume(state) if state else 0
-            for step in range(start, training.max_steps):
-                self._train_step(step)
-                self._follow_up(step + 1)
-        finally:
-            self.engine.close()
-        if self.rank == 0:
-            save_adapter(
-                self.folder.adapter,
-                self.adapted,
-                self.base,
-                self.plan,
-                adapter,
-                self.config,
-                self.evaluations[-1],
-            )
-        return TrainedTrial(self.losses, self.evaluations, adapter_parameters, head_parameters)
-
-    def _adapt(self, state: TrainState | None) -> None:
-        """As at the trial's beginning, also where it goes on: its start is not drawn again."""
-        config, group = self.config, self.group
-        initial = _below("initial/", state.tensors) if state else None
-        gradients = None
-        if state is None and self.family.needs_gradients:
-            gradients = measure_group_gradients(
-                self.base, self.data, config, self.plan, group, self.reports.alive
-            )
-        reset_head(self.base.model, self.base.head, config.seed)
-        torch.manual_seed(config.seed)
-        one_start = group and state is None and self.family.touches_base(config.adapter)
-        if one_start and self.rank > 0:
-            initial = _told_by_first(None, group)
-        self.adapted = adapt(
-            self.base.model,
-            self.plan,
-            config.adapter,
-            self.base.head,
-            gradients=gradients,
-            initial=initial,
-            in_loop=True,
+        self.meter = Meter(
+            self.adapted, self.engine.device, training.precision, training.num_workers
         )
-        if one_start and self.rank == 0:  # singular vectors may differ between machines
-            first = self.family.initial(self.adapted, DEFAULT_NAME)
-            _told_by_first({name: tensor.cpu() for name, tensor in first.items()}, group)
 
-    def _resume(self, state: TrainState) -> int:
+    # ---- state --------------------------------------------------------------------------------
+
+    def _go_to(self, state: TrainState) -> None:
         self.engine.restore(state.tensors)
-        self.hooks.restore(_below("hooks/", state.tensors))
-        self.losses, self.evaluations = state.losses, state.evaluations
+        self.hooks.restore(below("hooks/", state.tensors))
+        self.history, self.evaluations = state.history, state.evaluations
         self.outcomes = state.outcomes
-        for evaluation in self.evaluations:  # the study may not have heard of the last ones
-            self.reports.on_evaluation(evaluation, self.outcomes)
-        return state.step
 
-    def _agreed_checkpoint(self) -> TrainState | None:
-        """The newest state, the same one on every worker: a shared disk may lag on some nodes."""
-        for _ in range(CHECKPOINT_TRIES):
-            state = load_checkpoint(self.folder.checkpoints, self.identity)
-            if self.group is None:
-                return state
-            steps: list[Any] = [None] * dist.get_world_size(self.group)
-            dist.all_gather_object(steps, state and state.step, group=self.group)
-            if len(set(steps)) == 1:
-                return state
-            time.sleep(1.0)
-        raise RuntimeError(
-            f"all workers must see the same newest checkpoint; they see steps {steps} in "
-            f"{self.folder.checkpoints}. Is the storage path one that all nodes share?"
+    def _tell_again(self) -> None:
+        """The study may not have heard of the last evaluations before the checkpoint."""
+        for evaluation in self.evaluations:
+            self.reports.on_evaluation(evaluation, self.outcomes, self.history)
+
+    def _checkpoint(self, step: int) -> None:
+        initial = self.family.initial(self.adapted, DEFAULT_NAME)
+        tensors = self.engine.gather()
+        tensors |= {f"initial/{name}": tensor.cpu() for name, tensor in initial.items()}
+        tensors |= {f"hooks/{name}": tensor.cpu() for name, tensor in self.hooks.state().items()}
+        self.reports.on_step(step, {})  # an attempt that lost its trial must not write
+        if self.rank == 0:
+            state = TrainState(
+                step, self.identity, tensors, self.history, self.evaluations, self.outcomes
+            )
+            training = self.config.training
+            best = None
+            if self.evaluations:
+                best = best_of(self.evaluations, training.early_stopping).step
+            save_checkpoint(self.folder.checkpoints, state, training.save_total_limit, best)
+
+    # ---- steps --------------------------------------------------------------------------------
+
+    def _train(self, steps: range) -> None:
+        """All of them, or as many as early stopping lets it."""
+        config, pin = self.config, self.engine.device.type == "cuda"
+        stopping = config.training.early_stopping
+        batches = Batches(
+            self.data,
+            self.base.tokenizer,
+            config.training,
+            config.seed,
+            self.rank,
+            one_sequence=attends_flat(self.adapted),
         )
+        self.engine.module.train()
+        with batches.prefetched(steps.start, steps.stop, pin_memory=pin) as prepared:
+            self.meter.restart()
+            for step, batch in zip(steps, prepared, strict=True):
+                if is_over(self.evaluations, stopping):
+                    break
+                measured = self._train_step(step, batch)
+                self._follow_up(step + 1, measured)
 
-    def _train_step(self, step: int) -> None:
-        config, training = self.config, self.config.training
-        task, tokenizer = self.data.task, self.base.tokenizer
-        torch.manual_seed(_seed_of(config.seed, step, self.rank))
-        numbers = step_rows(self.data.lengths, step, training.global_batch_size, config.seed)
-        rows = [self.data.train[i] for i in numbers]
-        num_micro = training.gradient_accumulation_steps
+    def _train_step(self, step: int, batch: StepBatch) -> dict[str, float]:
+        config, training, task = self.config, self.config.training, self.data.task
+        _seed_dropout(_seed_of(config.seed, step, self.rank), self.engine.device)
+        num_micro, device = len(batch.microbatches), self.engine.device
         # DeepSpeed averages over workers and microbatches; the loss is a mean over the batch.
-        scale = training.num_workers * num_micro / task.num_supervised(rows)
-        total = torch.zeros((), dtype=torch.float64)
-        self.adapted.train()
-        shares = microbatches_of(rows, self.rank, training.num_workers, num_micro)
-        for number, micro in enumerate(shares, start=1):
-            batch = task.collate(micro, tokenizer)
-            batch = {key: value.to(self.engine.device) for key, value in batch.items()}
-            loss = task.loss_sum(self.engine.module, batch)
-            total += loss.detach().double().cpu()
+        scale = training.num_workers * num_micro / batch.num_supervised
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        for number, micro in enumerate(batch.microbatches, start=1):
+            inputs = {key: value.to(device, non_blocking=True) for key, value in micro.items()}
+            loss = task.loss_sum(self.engine.module, inputs)
+            total += loss.detach().double()
             penalty = self.hooks.penalty()
             self.engine.backward(loss * scale if penalty is None else loss * scale + penalty)
             if number == num_micro:
                 self.hooks.after_backward(step + 1)
             self.engine.micro_step(step)
         self.hooks.after_step(step + 1)
+        total = total.cpu()
         if self.group:
             dist.all_reduce(total, group=self.group)
-        mean = float(total) / task.num_supervised(rows)
-        if not math.isfinite(mean):
-            raise FloatingPointError(
-                f"the training loss must stay finite; it was {mean} at step {step + 1} with "
-                f"learning_rate={training.learning_rate:g}. Lower the learning rate."
-            )
-        self.losses.append(mean)
+        mean = float(total) / batch.num_supervised
+        require_finite(mean, step + 1, training)
+        measured = {
+            "loss": mean,
+            "learning_rate": self._learning_rate(step),
+            "grad_norm": self.engine.gradient_norm(),
+            **self.meter.read(batch.num_tokens, training.global_batch_size),
+        }
+        for name, value in measured.items():
+            self.history.setdefault(name, []).append(value)
+        return measured
 
-    def _follow_up(self, step: int) -> None:
+    def _learning_rate(self, step: int) -> float:
+        """Of the adapter, where its family has one for all of its tensors."""
+        training = self.config.training
+        factor = learning_rate_factor(training, step) * self.engine.learning_rate_scale
+        return training.learning_rate * factor
+
+    def _follow_up(self, step: int, measured: dict[str, float]) -> None:
         """After ``step`` steps; a checkpoint comes before the study hears, so that stays done."""
         training = self.config.training
-        self.reports.on_step(step)
-        evaluates = step == training.max_steps or _is_due(step, training.eval_every)
+        save_now = self.reports.on_step(step, measured)
+        evaluates = step == training.num_steps or _is_due(step, training.eval_every)
         if evaluates:
             self._evaluate(step)
-        if evaluates or _is_due(step, training.checkpoint_every):
+        if save_now or evaluates or _is_due(step, training.checkpoint_every):
             self._checkpoint(step)
         if evaluates:
-            self.reports.on_evaluation(self.evaluations[-1], self.outcomes)
+            self.reports.on_evaluation(self.evaluations[-1], self.outcomes, self.history)
+        self.meter.restart()
 
     def _evaluate(self, step: int) -> None:
         metrics, self.outcomes = evaluate(
-            self.adapted,
+            self.engine.module,
             self.data.task,
             self.base.tokenizer,
             self.data.validation,
@@ -247,41 +288,52 @@ class _Run:
             on_batch=self.reports.alive,
         )
         since = self.evaluations[-1].step if self.evaluations else 0
-        recent = self.losses[since:]
+        recent = self.history["loss"][since:]
         metrics["train_loss"] = math.fsum(recent) / len(recent)
         self.evaluations.append(Evaluation(step=step, metrics=metrics))
 
-    def _checkpoint(self, step: int) -> None:
-        initial = self.family.initial(self.adapted, DEFAULT_NAME)
-        tensors = self.engine.gather()
-        tensors |= {f"initial/{name}": tensor.cpu() for name, tensor in initial.items()}
-        tensors |= {f"hooks/{name}": tensor.cpu() for name, tensor in self.hooks.state().items()}
-        self.reports.on_step(step)  # an attempt that lost its trial must not write
-        if self.rank == 0:
-            state = TrainState(
-                step, self.identity, tensors, self.losses, self.evaluations, self.outcomes
+    # ---- the end ------------------------------------------------------------------------------
+
+    def _return_to_best(self) -> None:
+        """The weights of the best evaluation, where early stopping asks for them."""
+        self.final = best_of(self.evaluations, self.config.training.early_stopping)
+        if self.final == self.evaluations[-1]:
+            return
+        state = load_checkpoint(self.folder.checkpoints, self.identity, self.final.step)
+        if state is None:
+            raise FileNotFoundError(
+                f"the checkpoint of the best evaluation, step {self.final.step}, must still lie in "
+                f"{self.folder.checkpoints}; it is gone. Train anew, or without early stopping."
             )
-            save_checkpoint(self.folder.checkpoints, state)
+        history, evaluations = self.history, self.evaluations
+        self._go_to(state)
+        self.history, self.evaluations = history, evaluations
+        self.reports.on_evaluation(self.final, self.outcomes, self.history)
 
-
-def _told_by_first(value: Any, group: Any) -> Any:
-    """The first worker's value, on every worker. Collective."""
-    box = [value]
-    dist.broadcast_object_list(box, src=dist.get_global_rank(group, 0), group=group)
-    return box[0]
-
-
-def _below(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors whose names begin so, by the rest of their names."""
-    return {
-        name.removeprefix(prefix): tensor
-        for name, tensor in tensors.items()
-        if name.startswith(prefix)
-    }
+    def _save(self) -> None:
+        if self.rank == 0:
+            save_adapter(
+                self.folder.adapter,
+                self.adapted,
+                self.base,
+                self.plan,
+                self.config.adapter,
+                self.config,
+                self.final,
+            )
 
 
 def _is_due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
+
+
+def _seed_dropout(seed: int, device: torch.device) -> None:
+    """What ``torch.manual_seed`` does for the devices that are used here, in a hundredth of the
+    time.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 def _seed_of(seed: int, step: int, rank: int) -> int:

@@ -23,23 +23,41 @@ import torch.distributed as dist
 from e2lora.adapters import FAMILIES
 from e2lora.broker import Attempt
 from e2lora.config import AdapterConfig, GroupSpec, TrialConfig
-from e2lora.models import Base, load_base, weights_fingerprint, wrapped_modules
+from e2lora.health import OutOfMemory
+from e2lora.models import Base, load_base, own_weights, weights_fingerprint, wrapped_modules
+from e2lora.partitioned import Partitioning, bytes_held, move
 from e2lora.profile import measure_profile
 from e2lora.profile_cache import ProfileCache
 from e2lora.records import Evaluation, TrialFolder, write_json
-from e2lora.tasks import TrialData, load_task
-from e2lora.train import Reports, TrialStopped, run_trial
+from e2lora.tasks import Task, TrialData, load_task
+from e2lora.tokens import tokenised
+from e2lora.train import History, Reports, TrialStopped, run_trial
 
 SIGN_OF_LIFE_SECONDS = 1.0
+PREEMPTION_LOOK_SECONDS = 5.0
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+KEPT_BYTES = 4 * 2**30
 
 
 class Resident:
-    """What a group keeps between jobs: at most one base model, and the tokenised tasks."""
+    """What a group keeps between jobs: base models, and the tokenised tasks.
 
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self.dtype, self.device = dtype, device
-        self._base_key: str | None = None
-        self._base: Base | None = None
+    Args:
+        kept_bytes: of base models that no job uses now; those used longest ago go first.
+    """
+
+    def __init__(
+        self,
+        spec: GroupSpec,
+        device: torch.device,
+        group: Any = None,
+        kept_bytes: int = KEPT_BYTES,
+    ) -> None:
+        self.spec, self.device, self._group, self._kept_bytes = spec, device, group, kept_bytes
+        self.dtype = DTYPES[spec.precision]
+        self._bases: dict[str, Base] = {}  # the one used last stands last
         self._adapter: AdapterConfig | None = None
         self._data: dict[str, TrialData] = {}
 
@@ -48,22 +66,39 @@ class Resident:
         key, self._adapter = config.model.fingerprint(), config.adapter
         data_key = f"{config.task.fingerprint()}-{key}"
         task = self._data[data_key].task if data_key in self._data else load_task(config.task)
-        base_key = f"{key}-{task.auto_class.__name__}-{task.num_labels}"
-        if self._base_key != base_key or self._base is None:
-            self._base = None
-            base = load_base(config.model, task.auto_class, task.num_labels, self.dtype)
-            base.model.to(self.device)
-            self._base, self._base_key = base, base_key
+        base = self._base(f"{key}-{task.auto_class.__name__}-{task.num_labels}", config, task)
         if data_key not in self._data:
-            tokenizer = self._base.tokenizer
-            splits = {s: task.features(s, tokenizer) for s in ("train", "validation")}
-            self._data[data_key] = TrialData(task, splits["train"], splits["validation"])
-        return self._base, self._data[data_key]
+            self._data[data_key] = tokenised(task, base.tokenizer)
+        return base, self._data[data_key]
+
+    def _base(self, key: str, config: TrialConfig, task: Task) -> Base:
+        base = self._bases.pop(key, None)
+        sizes = {other: _num_bytes(idle.model) for other, idle in self._bases.items()}
+        for other in list(sizes):
+            if sum(sizes.values()) > self._kept_bytes:
+                del self._bases[other], sizes[other]
+        if self.device.type == "cuda":  # its memory is for the job
+            for idle in self._bases.values():
+                move(idle.model, torch.device("cpu"))
+        if base is None:
+            base = load_base(
+                config.model,
+                task.auto_class,
+                task.num_labels,
+                self.dtype,
+                self.device,
+                Partitioning.of(self.spec, self.dtype),
+            )
+        move(base.model, self.device)
+        self._bases[key] = base
+        return base
 
     def drop_changed_base(self) -> None:
         """Between jobs the base must be as it was loaded; otherwise the next job loads it anew."""
-        base = self._base
-        if base and (
+        if not self._bases:
+            return
+        key, base = list(self._bases.items())[-1]
+        if (
             wrapped_modules(base.model)
             or weights_fingerprint(base.model, skip=base.head) != base.fingerprint
         ):
@@ -71,17 +106,23 @@ class Resident:
             meant = adapter and FAMILIES[adapter.family].touches_base(adapter)
             why = "as its adapter must" if meant else "though it must not: please report it"
             print(f"the last job changed the base model, {why}; it is loaded again", flush=True)
-            self._base = self._base_key = None
+            del self._bases[key]
+
+
+def _num_bytes(model: Any) -> int:
+    return sum(bytes_held(tensor) for _, tensor in own_weights(model))
 
 
 class Link:
-    """Worker 0's line to the broker, and its echo to the other workers of the group."""
+    """Worker 0's line to the broker, and its echo to the other workers of the group.
 
-    def __init__(self, broker: Any, group: Any) -> None:
-        self._broker, self._group = broker, group
+    Args:
+        preempted: whether a machine of this group is about to be taken away. Collective.
+    """
+
+    def __init__(self, broker: Any, group: Any, preempted: Callable[[], bool]) -> None:
+        self._broker, self._group, self._preempted = broker, group, preempted
         self.rank = dist.get_rank(group) if group else 0
-        self._last_sign = 0.0
-        self._wanted = True
         self.last_moved = time.monotonic()
 
     def call(self, method: str, *arguments: Any) -> Any:
@@ -111,23 +152,33 @@ class Link:
 
     def reports(self, token: str) -> Reports:
         """How the trial of this attempt speaks."""
+        wanted, last_sign, last_look, saved = True, 0.0, time.monotonic(), False
 
-        def alive(step: int | None = None) -> None:
+        def alive(step: int | None = None, measured: dict[str, float] | None = None) -> None:
+            nonlocal wanted, last_sign
             now = self.last_moved = time.monotonic()
-            if self.rank == 0 and now - self._last_sign > SIGN_OF_LIFE_SECONDS:
-                self._last_sign = now
-                self._wanted = self.tell("alive", token, step)
+            if self.rank == 0 and now - last_sign > SIGN_OF_LIFE_SECONDS:
+                last_sign = now
+                wanted = self.tell("alive", token, step, measured)
 
-        def on_step(step: int) -> None:
-            alive(step)
-            if not self._echo(self._wanted):
+        def on_step(step: int, measured: dict[str, float]) -> bool:
+            nonlocal last_look, saved
+            alive(step, measured or None)
+            looks = time.monotonic() - last_look > PREEMPTION_LOOK_SECONDS
+            go_on, looks = self._echo((wanted, looks and not saved))
+            if not go_on:
+                raise TrialStopped(token)
+            if not looks:
+                return False
+            last_look = time.monotonic()
+            saved = self._preempted()
+            return saved
+
+        def on_evaluation(evaluation: Evaluation, outcomes: list[float], history: History) -> None:
+            told = (token, evaluation.model_dump(), outcomes, history)
+            if not self.call("report", *told):
                 raise TrialStopped(token)
 
-        def on_evaluation(evaluation: Evaluation, outcomes: list[float]) -> None:
-            if not self.call("report", token, evaluation.model_dump(), outcomes):
-                raise TrialStopped(token)
-
-        self._last_sign, self._wanted = 0.0, True
         return Reports(alive=alive, on_step=on_step, on_evaluation=on_evaluation)
 
     @contextmanager
@@ -184,8 +235,7 @@ def run_trial_job(work: Work) -> dict[str, Any]:
         )
     trained = run_trial(work.base, work.data, plan, work.config, folder, work.reports, work.group)
     return {
-        "metrics": trained.evaluations[-1].metrics,
-        "losses": trained.losses,
+        "metrics": trained.final.metrics,
         "adapter_parameters": trained.adapter_parameters,
         "head_parameters": trained.head_parameters,
     }
@@ -213,7 +263,12 @@ JOBS: dict[str, Callable[[Work], dict[str, Any]]] = {
 
 
 def serve(
-    broker: Any, name: str, spec: GroupSpec, max_jobs: int | None, lease_seconds: float
+    broker: Any,
+    name: str,
+    spec: GroupSpec,
+    max_jobs: int | None,
+    lease_seconds: float,
+    preempted: Callable[[], bool] = lambda: False,
 ) -> None:
     """Serve jobs until told to retire, or ``max_jobs`` are done. Runs on every worker.
 
@@ -223,9 +278,8 @@ def serve(
     if spec.gpus_per_worker == 0:
         torch.set_num_threads(max(1, int(spec.cpus_per_worker)))
     device = torch.device("cuda" if spec.gpus_per_worker else "cpu")
-    dtype = torch.bfloat16 if spec.precision == "bf16" else torch.float32
-    group = dist.new_group(backend="gloo") if spec.num_workers > 1 else None
-    resident, link, done = Resident(dtype, device), Link(broker, group), 0
+    group = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
+    resident, link, done = Resident(spec, device, group), Link(broker, group, preempted), 0
     link.watch(lease_seconds)
     incarnation = link.call("join", name)
     while max_jobs is None or done < max_jobs:
@@ -252,15 +306,19 @@ def _work_on(attempt: Attempt, resident: Resident, link: Link, group: Any) -> di
     """Run one job; ``seconds`` leave out what was loaded for it."""
     reports, payload = link.reports(attempt.token), attempt.job.payload
     config = TrialConfig.model_validate_json(payload["config"])
+    world = dist.get_world_size(group) if group else 1
+    if config.training.num_workers != world:  # of an elastic group
+        training = config.training.on_workers(world)
+        config = config.model_copy(update={"training": training})
     with link.kept_alive(reports):
         base, data = resident.load(config)
-    reports.on_step(0)
+    reports.on_step(0, {})
     started = time.monotonic()
     result = JOBS[attempt.job.kind](Work(base, data, config, payload, reports, group))
     return {**result, "seconds": time.monotonic() - started}
 
 
-OWN_FAULTS = (ValueError, FloatingPointError, FileNotFoundError)
+OWN_FAULTS = (ValueError, FloatingPointError, FileNotFoundError, OutOfMemory)
 """Errors that every worker of a group would raise again; others may come from a lost worker."""
 
 

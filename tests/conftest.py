@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,6 +45,13 @@ def model_folder(name: str) -> str:
     return _found(Path(os.environ.get("E2LORA_MODELS", default)) / name)
 
 
+def needs_package(name: str, extra: str) -> None:
+    """A package of one of the project's extras; skips, counted, if absent."""
+    if importlib.util.find_spec(name) is None:
+        LACKING.append(f"{name}, of e2lora[{extra}]")
+        pytest.skip(f"{name} isn't installed: pip install 'e2lora[{extra}]'")
+
+
 def _found(path: Path) -> str:
     if not path.exists():
         LACKING.append(str(path))
@@ -52,7 +60,7 @@ def _found(path: Path) -> str:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    line = f"{len(LACKING)} test(s) skipped for lack of further data or models"
+    line = f"{len(LACKING)} test(s) skipped for lack of further data, models or packages"
     if LACKING:
         names = ", ".join(sorted({Path(path).name for path in LACKING}))
         line += f" ({names}): set E2LORA_DATA and E2LORA_MODELS to the folders that hold them"

@@ -70,7 +70,7 @@ def refused_everywhere(broker: Broker, token: str) -> bool:
     answers = [
         broker.alive(token),
         broker.alive(token, 5),
-        broker.report(token, evaluation(99, 0.99), [0.0]),
+        broker.report(token, evaluation(99, 0.99), [0.0], {}),
         broker.complete(token, {"metrics": {"accuracy": 0.99}}),
         broker.fail(token, "late"),
     ]
@@ -84,11 +84,11 @@ def test_job_is_handed_out_reported_and_completed(broker: Broker) -> None:
     broker.submit(job())
     attempt = take(broker)
     assert attempt.job == job()
-    assert broker.progress() == {"study/7": (0, 1)}
+    assert broker.progress() == {"study/7": (0, 1, {})}
     assert broker.busy_groups() == {"g1"}
     assert broker.alive(attempt.token, 2)
-    assert broker.progress() == {"study/7": (2, 1)}
-    assert broker.report(attempt.token, evaluation(3), [1.0, 0.0])
+    assert broker.progress() == {"study/7": (2, 1, {})}
+    assert broker.report(attempt.token, evaluation(3), [1.0, 0.0], {})
     assert not news(broker).ended
     assert broker.complete(attempt.token, {"metrics": {"accuracy": 0.5}})
     told = news(broker)
@@ -134,7 +134,7 @@ def test_client_is_told_only_what_is_new(broker: Broker) -> None:
     attempt = take(broker)
     broker.alive(attempt.token, 1)
     assert broker.update("study/7", 0) is None, "a sign of life is no news"
-    broker.report(attempt.token, evaluation(3), [1.0])
+    broker.report(attempt.token, evaluation(3), [1.0], {})
     version, _ = broker.update("study/7", 0) or pytest.fail("an evaluation is news")
     assert broker.update("study/7", version) is None
 
@@ -168,6 +168,30 @@ def test_group_that_never_joined_gets_nothing(broker: Broker) -> None:
     assert broker.demand() == {SPEC: 1}
 
 
+ELASTIC = SPEC.model_copy(update={"num_workers": 4, "min_workers": 1})
+
+
+@pytest.mark.parametrize("spec", [SPEC, ELASTIC], ids=["fixed", "elastic"])
+def test_restart_that_got_further_counts_only_where_workers_are_meant_to_go_and_come(
+    broker: Broker, spec: GroupSpec
+) -> None:
+    broker.submit(job(spec=spec))
+    for step in (10, 20, 30):
+        assert news(broker) is None or not news(broker).ended
+        assert broker.alive(take(broker, "g1", spec).token, step)
+    broker.join("g1")
+    assert (news(broker) is not None and news(broker).ended) == (spec is SPEC)
+
+
+def test_elastic_job_that_gets_no_further_is_failed(broker: Broker) -> None:
+    broker.submit(job(spec=ELASTIC))
+    for step in (10, 20, 20, 15):
+        assert broker.alive(take(broker, "g1", ELASTIC).token, step)
+    broker.join("g1")
+    error = news(broker).error
+    assert "attempt 4, one of 3 in a row that got no further than step 20, was lost" in error
+
+
 def test_restart_of_one_group_costs_no_other_its_job(broker: Broker) -> None:
     broker.submit(job("a"))
     broker.submit(job("b"))
@@ -194,7 +218,11 @@ def test_every_sign_of_life_renews_the_lease(broker: Broker, clock: Clock) -> No
     token = take(broker).token
     for step in range(1, 9):
         clock.now += 0.9 * LEASE
-        assert broker.alive(token, step) if step % 2 else broker.report(token, evaluation(step), [])
+        assert (
+            broker.alive(token, step)
+            if step % 2
+            else broker.report(token, evaluation(step), [], {})
+        )
     assert broker.complete(token, {})
 
 
@@ -254,16 +282,16 @@ def test_token_that_was_never_given_is_refused(broker: Broker, token: str) -> No
 def test_evaluations_are_kept_by_step_and_in_order(broker: Broker) -> None:
     broker.submit(job())
     first = take(broker)
-    broker.report(first.token, evaluation(3, 0.3), [0.0])
-    broker.report(first.token, evaluation(6, 0.6), [1.0])
+    broker.report(first.token, evaluation(3, 0.3), [0.0], {})
+    broker.report(first.token, evaluation(6, 0.6), [1.0], {})
     again = take(broker)  # the group restarted; the attempt resumes after step 3
     told = broker.update("study/7", -1)
     assert told is not None
     version, _ = told
-    assert broker.report(again.token, evaluation(6, 0.6), [1.0]), "accepted, but"
+    assert broker.report(again.token, evaluation(6, 0.6), [1.0], {}), "accepted, but"
     assert broker.update("study/7", version) is None, "a duplicate is no news"
-    assert broker.report(again.token, evaluation(9, 0.9), [1.0])
-    assert not broker.report(first.token, evaluation(12), [0.0])
+    assert broker.report(again.token, evaluation(9, 0.9), [1.0], {})
+    assert not broker.report(first.token, evaluation(12), [0.0], {})
     update = news(broker)
     assert update.evaluations == [evaluation(3, 0.3), evaluation(6, 0.6), evaluation(9, 0.9)]
     assert update.outcomes == [1.0]
@@ -400,7 +428,7 @@ class Protocol(RuleBasedStateMachine):
     @rule(token=tokens, step=st.integers(1, 3))
     def report(self, token: str, step: int) -> None:
         key = self.accepted(token)
-        assert self.broker.report(token, evaluation(step), [1.0]) == (key is not None)
+        assert self.broker.report(token, evaluation(step), [1.0], {}) == (key is not None)
         if key is not None:
             self.steps[key].add(step)
 

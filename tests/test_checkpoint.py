@@ -30,7 +30,7 @@ def state(step: int = 3, identity: str = "trial a", **tensors: torch.Tensor) -> 
             },
             **tensors,
         },
-        losses=[0.1 + i / 3 for i in range(step)],
+        history={"loss": [0.1 + i / 3 for i in range(step)]},
         evaluations=[Evaluation(step=step, metrics={"accuracy": 1 / 3, "loss": 0.7})],
         outcomes=[1.0, 0.0, 1.0],
     )
@@ -42,7 +42,7 @@ def require_equal(loaded: TrainState | None, expected: TrainState) -> None:
     for name, tensor in expected.tensors.items():
         assert loaded.tensors[name].dtype == tensor.dtype
         assert torch.equal(loaded.tensors[name], tensor), name
-    for field in ("step", "identity", "losses", "evaluations", "outcomes"):
+    for field in ("step", "identity", "history", "evaluations", "outcomes"):
         assert getattr(loaded, field) == getattr(expected, field), "exact, no digit lost"
 
 

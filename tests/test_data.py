@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import threading
+import time
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,13 +17,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from e2lora import data, evaluate
-from e2lora.data import calibration_folds, calibration_rows, microbatches_of, step_rows
+from e2lora import evaluate, prefetch
+from e2lora.assets import resolve
+from e2lora.config import SftConfig, TextClassificationConfig, TrainConfig
+from e2lora.data import (
+    Batches,
+    RowStream,
+    StepBatch,
+    calibration_folds,
+    calibration_rows,
+    microbatches_of,
+    step_rows,
+)
+from e2lora.prefetch import made_ahead
+from e2lora.tasks import TokenRows, TrialData, load_task
 from e2lora.tasks.scores import RowScore
 
 lengths_of_rows = st.lists(st.integers(1, 200), min_size=1, max_size=70)
 batch_sizes = st.integers(1, 40)
 seeds = st.integers(0, 2**31)
+
+
+STEP_0 = [41, 10, 81, 28]
+STEP_24 = [48, 17, 79, 26, 55, 24]
 
 
 def stream(lengths: Sequence[int], batch_size: int, seed: int, num_steps: int) -> list[int]:
@@ -52,8 +71,15 @@ def test_any_step_has_a_full_batch_and_is_the_same_when_asked_again(
     rows = step_rows(lengths, step, batch_size, seed)
     assert len(rows) == batch_size
     assert all(type(row) is int for row in rows)
-    data._epoch_order.cache_clear()
-    assert step_rows(tuple(lengths), step, batch_size, seed) == rows
+    stream = RowStream(np.array(lengths), batch_size, seed)
+    stream.rows(max(step - 3, 0))
+    assert stream.rows(step) == stream.rows(step) == rows
+
+
+def test_order_is_the_one_that_checkpoints_and_results_of_the_past_rely_on() -> None:
+    lengths = [7 * i % 31 + 1 for i in range(100)]
+    assert step_rows(lengths, 0, 4, seed=3) == STEP_0
+    assert step_rows(lengths, 24, 6, seed=5) == STEP_24
 
 
 def test_other_seeds_and_epochs_have_other_orders() -> None:
@@ -113,6 +139,188 @@ def test_calibration_rows_are_a_sample_without_replacement(
 def test_calibration_on_more_rows_than_there_are_is_refused() -> None:
     with pytest.raises(ValueError, match=r"num_samples=11 of 10 rows\. Lower"):
         calibration_rows(10, 11, seed=0)
+
+
+# ---- batches of tensors -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def minilm() -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(resolve("demo:minilm-l6"))
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory, minilm: Any) -> TrialData:
+    folder = tmp_path_factory.mktemp("texts")
+    rows = [{"text": "so good " * (i * 7 % 5), "label": i % 3} for i in range(43)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = load_task(TextClassificationConfig(data=str(folder), validation_size=5))
+    return TrialData(task, *(task.features(s, minilm) for s in ("train", "validation")))
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("drop", [None, "token_type_ids", "attention_mask"])
+def test_texts_are_padded_as_the_tokenizer_pads(
+    texts: TrialData, minilm: Any, monkeypatch: pytest.MonkeyPatch, side: str, drop: str | None
+) -> None:
+    monkeypatch.setattr(minilm, "padding_side", side)
+    rows = [{k: v for k, v in row.items() if k != drop} for row in texts.train[:9]]
+    inputs = [{k: v for k, v in row.items() if k != "labels"} for row in rows]
+    expected = minilm.pad(
+        inputs, return_tensors="pt", return_attention_mask=drop != "attention_mask"
+    )
+    in_arrays = TokenRows.of(rows, len).arrays(range(9))
+    for some in (rows, in_arrays):
+        batch = texts.task.collate(some, minilm)
+        labels = batch.pop("labels")
+        assert labels.tolist() == [row["labels"] for row in rows]
+        assert batch.keys() == expected.keys()
+        for name, tensor in batch.items():
+            assert tensor.dtype == labels.dtype == torch.int64
+            assert torch.equal(tensor, expected[name]), name
+
+
+def test_tokenizer_without_a_token_to_pad_with_is_refused(
+    texts: TrialData, minilm: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(minilm, "_special_tokens_map", {})
+    with pytest.raises(ValueError, match=r"gives none for \['input_ids'\]\. Set `pad_token`"):
+        texts.task.collate(texts.train[:3], minilm)
+
+
+def same(one: StepBatch, other: StepBatch) -> bool:
+    return (one.num_supervised, one.num_tokens, len(one.microbatches)) == (
+        other.num_supervised,
+        other.num_tokens,
+        len(other.microbatches),
+    ) and all(
+        a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+        for a, b in zip(one.microbatches, other.microbatches, strict=True)
+    )
+
+
+@pytest.mark.parametrize("in_columns", [False, True])
+@pytest.mark.parametrize(("world", "num_micro"), [(1, 1), (2, 1), (2, 2), (1, 4)])
+def test_batches_are_the_rows_of_the_step_each_worker_its_share(
+    texts: TrialData, minilm: Any, in_columns: bool, world: int, num_micro: int
+) -> None:
+    data = texts
+    if in_columns:
+        rows = TokenRows.of(texts.train, texts.task.num_supervised)
+        data = TrialData(texts.task, rows, texts.validation)
+    training = TrainConfig(
+        max_steps=9,
+        learning_rate=0.1,
+        global_batch_size=8,
+        num_workers=world,
+        gradient_accumulation_steps=num_micro,
+    )
+    for step in (0, 4, 5, 8):  # 38 rows: step 4 lies in two epochs
+        numbers = step_rows(texts.lengths, step, 8, seed=3)
+        for rank in range(world):
+            expected = [
+                texts.task.collate([texts.train[i] for i in micro], minilm)
+                for micro in microbatches_of(numbers, rank, world, num_micro)
+            ]
+            tokens = sum(len(texts.train[i]["input_ids"]) for i in numbers)
+            batch = Batches(data, minilm, training, seed=3, rank=rank).at(step)
+            assert same(batch, StepBatch(expected, 8, tokens))
+
+
+def test_counts_are_of_the_tokens_that_are_learnt_and_of_all_workers(tmp_path: Path) -> None:
+    rows = [{"prompt": "why", "answer": "so " * i} for i in range(1, 13)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task: Any = load_task(SftConfig(data=str(tmp_path), validation_size=4))
+    from tests.test_sft import BOS, EOS, byte_tokenizer
+
+    tokenizer = byte_tokenizer(bos_token=BOS, eos_token=EOS)
+    data = TrialData(task, *(task.features(s, tokenizer) for s in ("train", "validation")))
+    training = TrainConfig(max_steps=9, learning_rate=0.1, global_batch_size=4, num_workers=2)
+    batches = [Batches(data, tokenizer, training, seed=1, rank=rank).at(1) for rank in (0, 1)]
+    learnt = sum(int((b.microbatches[0]["labels"] != -100).sum()) for b in batches)
+    tokens = sum(int(b.microbatches[0]["attention_mask"].sum()) for b in batches)
+    for batch in batches:
+        assert (batch.num_supervised, batch.num_tokens) == (learnt, tokens)
+
+
+# ---- made ahead -------------------------------------------------------------------------------
+
+
+def makers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "made ahead"]
+
+
+def test_prefetched_batches_are_those_of_the_steps_and_leave_random_state_alone(
+    texts: TrialData, minilm: Any
+) -> None:
+    training = TrainConfig(max_steps=9, learning_rate=0.1, global_batch_size=8)
+    torch.manual_seed(7)
+    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1]
+    with Batches(texts, minilm, training, seed=3).prefetched(2, 14) as prepared:
+        found = list(prepared)
+    direct = Batches(texts, minilm, training, seed=3)
+    assert len(found) == 12
+    assert all(same(batch, direct.at(step)) for step, batch in enumerate(found, start=2))
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert np.array_equal(np.random.get_state()[1], numpy_state)
+    assert not makers()
+
+
+def test_few_values_are_made_ahead_and_by_another_thread() -> None:
+    made: list[int] = []
+    threads: set[Any] = set()
+
+    def make(number: int) -> int:
+        made.append(number)
+        threads.add(threading.current_thread())
+        return number
+
+    with made_ahead(make, range(100)) as values:
+        assert next(values) == 0
+        until = time.monotonic() + 5
+        while len(made) < 1 + prefetch.AHEAD and time.monotonic() < until:
+            time.sleep(0.01)
+        time.sleep(0.05)
+        assert 1 + prefetch.AHEAD <= len(made) <= 2 + prefetch.AHEAD
+    assert threading.current_thread() not in threads
+    assert made == list(range(len(made)))
+
+
+def test_what_making_raises_is_raised_where_its_value_would_have_been() -> None:
+    def make(number: int) -> int:
+        if number == 3:
+            raise FileNotFoundError("row 3")
+        return number
+
+    found: list[int] = []
+    with pytest.raises(FileNotFoundError, match="row 3"), made_ahead(make, range(9)) as values:
+        found.extend(values)  # extends as it goes
+    assert not makers()
+    with made_ahead(make, range(9)) as values:
+        assert [next(values) for _ in range(3)] == [0, 1, 2]
+    assert not makers()
+
+
+@pytest.mark.parametrize("taken", [0, 1, 7])
+@pytest.mark.parametrize("how", ["leaves", "raises"])
+def test_thread_ends_at_once_when_the_consumer_stops(taken: int, how: str) -> None:
+    class Unrelated(Exception):
+        pass
+
+    began = time.monotonic()
+    try:
+        with made_ahead(lambda n: n, range(10**9)) as values:
+            assert [next(values) for _ in range(taken)] == list(range(taken))
+            time.sleep(0.02)  # its places are full: it waits
+            if how == "raises":
+                raise Unrelated
+    except Unrelated:
+        pass
+    assert not makers()
+    assert time.monotonic() - began < 2.0
+    assert list(values) == [], "nothing more comes, and nobody waits for it"
 
 
 # ---- evaluation -------------------------------------------------------------------------------

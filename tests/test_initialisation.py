@@ -16,7 +16,7 @@ from torch import Tensor
 from e2lora.adapters import FAMILIES, adapt, trainable_parameters
 from e2lora.adapters.starting import Started
 from e2lora.adapters.storage import load_adapter
-from e2lora.config import ExplicitGroup, TrialConfig
+from e2lora.config import ExplicitGroup, GroupSpec, TrialConfig
 from e2lora.models import Base, weights_fingerprint
 from e2lora.plan import build_plan
 from e2lora.records import TrialFolder
@@ -361,7 +361,7 @@ def train(resident: Resident, config: TrialConfig, folder: Path, stop: int | Non
     base, data = resident.load(config)
     plan = build_plan(find_targets(base.model, config.adapter.target_modules), config.plan)
 
-    def on_step(step: int) -> None:
+    def on_step(step: int, measured: dict[str, float]) -> None:
         if step == stop:
             raise TrialStopped
 
@@ -377,9 +377,8 @@ def train(resident: Resident, config: TrialConfig, folder: Path, stop: int | Non
 def test_trial_after_one_that_changed_the_base_equals_a_fresh_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    device = torch.device("cpu")
     plain, changing = trial_with("default", max_steps=3), trial_with("pissa", max_steps=3)
-    used = Resident(torch.float32, device)
+    used = Resident(GroupSpec.of(plain.training), torch.device("cpu"))
     first = train(used, plain, tmp_path / "00000")
     assert "changed the base" not in capsys.readouterr().out
     base, _ = used.load(plain)
@@ -408,9 +407,8 @@ def test_trial_after_one_that_changed_the_base_equals_a_fresh_one(
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_resumed_trial_starts_from_what_was_taken_then(precision: str, tmp_path: Path) -> None:
     """Bit for bit; and its adapter loads onto the original base with the same outputs."""
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    resident = Resident(dtype, torch.device("cpu"))
     config = trial_with("pissa_niter_2", precision=precision)
+    resident = Resident(GroupSpec.of(config.training), torch.device("cpu"))
     whole = train(resident, config, tmp_path / "00000")
     train(resident, config, tmp_path / "00001", stop=5)
     with pytest.MonkeyPatch.context() as patch:

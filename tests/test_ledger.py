@@ -15,10 +15,11 @@ from ray.tune.search import Searcher
 
 from e2lora.config import Study, TrialConfig
 from e2lora.pool import JobFailed
+from e2lora.preflight import Plans
 from e2lora.records import StudyFolder, StudyRecord, TrialResult, write_json
 from e2lora.report import render_report
 from e2lora.search.ledger import ChangedSpace, LedgerSearch
-from e2lora.search.plans import Plans, checked_configurations
+from e2lora.search.plans import checked_configurations
 from e2lora.tracking import Tracker
 from tests.small import small_trial, study
 
@@ -37,8 +38,8 @@ class Crash(Exception):
 @pytest.fixture(scope="module")
 def plans(tmp_path_factory: pytest.TempPathFactory) -> Plans:
     """One for all tests: it holds the model's structure."""
-    plans = Plans(StudyFolder(tmp_path_factory.mktemp("plans"), "any"))
-    plans.check = lambda config, study: None  # type: ignore[method-assign]  # asks a cluster
+    plans = Plans(tmp_path_factory.mktemp("profiles"))
+    plans.check = lambda config: None  # type: ignore[method-assign]  # asks a cluster
     return plans
 
 
@@ -212,7 +213,7 @@ def test_trials_that_cannot_be_trained_are_told_by_report_and_tracking(
             raise RuntimeError("out of ideas")
         return small_trial("all" if trial.number == 2 else "none")
 
-    def check(config: TrialConfig, study: Study) -> None:
+    def check(config: TrialConfig) -> None:
         if config.plan.topology == "none":
             raise ValueError("such a plan can't be trained.")
 
@@ -248,7 +249,7 @@ def test_trials_that_cannot_be_trained_are_told_by_report_and_tracking(
 def test_point_that_cannot_be_trained_ends_the_study_and_a_draw_is_only_told(
     plans: Plans, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def check(config: TrialConfig, study: Study) -> None:
+    def check(config: TrialConfig) -> None:
         if config.plan.topology == "none":
             raise ValueError("such a plan can't be trained.")
 

@@ -364,7 +364,7 @@ def test_resumed_trial_measures_nothing_again_and_is_the_same_bit_for_bit(tmp_pa
     places = [TrialFolder(tmp_path / number) for number in ("00000", "00001")]
     whole = run_trial(base, data, plan, config, places[0], Reports())
 
-    def stop(step: int) -> None:
+    def stop(step: int, measured: dict[str, float]) -> None:
         if step == 5:
             raise TrialStopped
 

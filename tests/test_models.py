@@ -23,8 +23,10 @@ from transformers import (
 
 from e2lora.adapters import adapt, count_adapter_parameters, count_parameters
 from e2lora.assets import resolve
+from e2lora.attention import choose_attention, class_to_build
 from e2lora.config import AdapterConfig, ModelConfig, PlanConfig
 from e2lora.models import (
+    in_float32,
     load_base,
     load_structure,
     load_tokenizer,
@@ -181,6 +183,98 @@ def test_hub_name_that_cannot_be_reached_is_a_clear_error_at_once(
 def test_relative_path_that_is_not_there_is_not_taken_for_a_hub_name(name: str) -> None:
     with pytest.raises(FileNotFoundError, match=f"got '{name}'.*Correct the path"):
         load_structure(ModelConfig(name=name), AutoModel, 2)
+
+
+# ---- attention --------------------------------------------------------------------------------
+
+GPU = torch.device("cuda")
+CLASSES = {
+    "bert": (AutoModelForSequenceClassification, TINY_BERT),
+    "llama": (AutoModelForCausalLM, TINY_LLAMA),
+    "clip": (AutoModel, CLIPVisionConfig()),
+}
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_class_is_known_before_it_is_built(kind: str) -> None:
+    auto_class, config = CLASSES[kind]
+    assert class_to_build(auto_class, config) is type(on_meta(auto_class, config))
+    assert class_to_build(AutoModelForCausalLM, CLIPVisionConfig()) is None
+
+
+class Supporting:
+    _supports_sdpa = _supports_flash_attn = True
+
+
+class Old:
+    _supports_sdpa = _supports_flash_attn = False
+
+
+@pytest.mark.parametrize(
+    ("model_class", "device", "dtype", "installed", "fastest"),
+    [
+        (Supporting, GPU, torch.bfloat16, True, "flash_attention_2"),
+        (Supporting, GPU, torch.float16, True, "flash_attention_2"),
+        (Supporting, GPU, torch.float32, True, "sdpa"),
+        (Supporting, GPU, torch.bfloat16, False, "sdpa"),
+        (Supporting, torch.device("cpu"), torch.bfloat16, True, "sdpa"),
+        (Old, GPU, torch.bfloat16, True, "eager"),
+    ],
+)
+def test_fastest_attention_is_chosen_that_all_allow(
+    model_class: Any,
+    device: torch.device,
+    dtype: torch.dtype,
+    installed: bool,
+    fastest: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: installed)
+    assert choose_attention(None, model_class, device, dtype) == fastest
+    assert choose_attention("eager", model_class, device, dtype) == "eager"
+
+
+@pytest.mark.parametrize("wanted", [None, "sdpa", "eager"])
+def test_loaded_model_says_which_attention_it_has(tiny: Path, wanted: str | None) -> None:
+    config = ModelConfig(name=str(tiny), attn_implementation=wanted)
+    base = load_base(config, AutoModelForSequenceClassification, 5, torch.float32)
+    assert base.model.config._attn_implementation == (wanted or "sdpa")
+
+
+@pytest.mark.parametrize("wanted", ["flash_attention_2", "flash_attention_9", "sdpa_fast"])
+def test_attention_that_is_not_to_be_had_is_refused_before_weights_are_read(
+    tiny: Path, wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(AutoModelForSequenceClassification, "from_pretrained", read)
+    config = ModelConfig(name=str(tiny), attn_implementation=wanted)
+    with pytest.raises(
+        ValueError,
+        match=f"got '{wanted}', and for Bert.* on cpu in float32 there is sdpa, eager",
+    ):
+        load_base(config, AutoModelForSequenceClassification, 5, torch.float32)
+
+
+def test_float32_is_not_computed_by_flash_attention(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A profile is measured in float32, whatever a model trains in."""
+    config = ModelConfig(name=str(tiny))
+    model = load_base(config, AutoModelForSequenceClassification, 5, torch.bfloat16).model
+    set_to: list[str] = []
+
+    def remember(name: str) -> None:
+        set_to.append(name)
+        model.config._attn_implementation = name
+
+    monkeypatch.setattr(model, "set_attn_implementation", remember)
+    model.config._attn_implementation = "flash_attention_2"
+    with in_float32(model):
+        assert model.config._attn_implementation == "sdpa"
+        model(input_ids=torch.tensor([[1, 2, 3]]))
+    assert set_to == ["sdpa", "flash_attention_2"]
 
 
 # ---- the head and the fingerprint -------------------------------------------------------------

@@ -15,8 +15,8 @@ from e2lora.broker import Job
 from e2lora.cluster import slots
 from e2lora.config import GroupSpec
 from e2lora.pool import JobFailed, Pool
+from e2lora.preflight import Plans
 from e2lora.records import TrialFolder
-from e2lora.search.plans import Plans
 from tests.small import small_trial
 
 ONE = GroupSpec.of(small_trial().training)
@@ -33,11 +33,11 @@ def two_cpus() -> Iterator[None]:
 def trial_job(folder: Path, number: int, **training: object) -> Job:
     """A trial's job, its configuration and plan written where the group looks for them."""
     from e2lora.plan import build_plan
-    from e2lora.records import StudyFolder, write_json
+    from e2lora.records import write_json
 
     config = small_trial(**training)
     place = TrialFolder(folder / f"{number:05d}")
-    plans = Plans(StudyFolder(folder, "unused"))
+    plans = Plans(folder / "profiles")
     write_json(place.plan_file, build_plan(plans.targets(config), config.plan))
     write_json(place.config_file, config)
     spec = GroupSpec.of(config.training)
@@ -50,6 +50,7 @@ def test_number_of_groups_follows_from_the_cluster() -> None:
     assert slots(TWO) == 1
     assert slots(ONE.model_copy(update={"cpus_per_worker": 2})) == 1
     assert slots(ONE.model_copy(update={"gpus_per_worker": 0.5})) == 0
+    assert slots(ONE.model_copy(update={"num_workers": 8, "min_workers": 2})) == 1
 
 
 def test_group_that_can_not_start_is_an_error_and_not_a_wait(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -97,7 +96,7 @@ def numbers_of(trial: TrialFolder) -> tuple[Any, ...]:
     """All that a trial's configuration decides."""
     result = trial.result()
     assert result is not None
-    losses = json.loads(trial.losses_file.read_text())
+    losses = trial.steps()["loss"]
     return losses, trial.evaluations(), trial.outcomes(), result.metrics
 
 

@@ -337,7 +337,7 @@ def test_training_teaches_the_answers_and_leaves_the_base(
         plan,
         config,
         TrialFolder(tmp_path / "00000"),
-        Reports(on_evaluation=lambda evaluation, outcomes: heard.append(outcomes)),
+        Reports(on_evaluation=lambda evaluation, outcomes, history: heard.append(outcomes)),
     )
     assert trained.losses[0] == pytest.approx(before["loss"], rel=0.05)
     nlls = [before["nll"], *(evaluation.metrics["nll"] for evaluation in trained.evaluations)]

@@ -38,7 +38,8 @@ from e2lora.records import (
     TrialResult,
     write_json,
 )
-from e2lora.tracking import Tracker, default_tracking_uri
+from e2lora.tracking import RunTracker, Tracker, default_tracking_uri
+from e2lora.tracking.contents import thinned
 
 MODEL, TASK = ModelConfig(name="tiny-encoder"), TextClassificationConfig(data="glue", subset="sst2")
 TARGETS = [
@@ -115,8 +116,8 @@ def end_trial(trial: TrialFolder, values: dict[str, Any]) -> None:
     write_json(trial.result_file, TrialResult(number=trial.number, **values))
 
 
-def read_runs(tracker: Tracker) -> Runs:
-    """Everything that MLflow holds of the study's runs, by name; read with a client of its own."""
+def read_runs(tracker: Tracker | RunTracker) -> Runs:
+    """Everything that MLflow holds of our experiment, by run; read with a client of its own."""
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri=tracker.tracking_uri)
@@ -474,6 +475,100 @@ def test_tracking_uri_is_the_users_or_lies_where_it_is_kept(
     assert default_tracking_uri(storage) == f"sqlite:///{storage}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracking:5000")
     assert default_tracking_uri(storage) == "http://tracking:5000"
+
+
+def make_run(storage: Path, name: str = "mine") -> TrialFolder:
+    """The folder of a run that stands alone, as :func:`write_trial` leaves it."""
+    trial = write_trial(make_study(storage / "elsewhere")[0], 0, (0.5, 0.6))
+    folder = TrialFolder(storage / name)
+    shutil.copytree(trial.path, folder.path)
+    write_json(folder.steps_file, {"loss": [1.0 / step for step in range(1, 21)]})
+    return folder
+
+
+def test_run_that_stands_alone_is_one_run_with_series_and_artefacts(
+    tmp_path: Path, uri: str
+) -> None:
+    folder = make_run(tmp_path)
+    tracker = RunTracker(uri, folder)
+    tracker.mirror()
+    run = read_runs(tracker)["mine"]
+    assert (run["id"], run["status"]) == (tracker.run_id, "RUNNING")
+    assert run["params"]["system"] == "blocks(2)"
+    assert run["tags"]["e2lora.run"] == str(folder.path)
+    assert not {"mlflow.parentRunId", "e2lora.trial"} & set(run["tags"])
+    assert [p[:2] for p in run["points"]["accuracy"]] == [(10, 0.5), (20, 0.6)]
+    assert [p[:2] for p in run["points"]["train/loss"]] == [(s, 1.0 / s) for s in range(1, 21)]
+
+    folder.adapter.mkdir()
+    (folder.adapter / "adapter_model.safetensors").write_bytes(b"weights")
+    write_json(folder.result_file, TrialResult(number=0, **COMPLETE))
+    RunTracker(uri, folder).finish()  # another process goes on in the same run
+    runs = read_runs(tracker)
+    assert list(runs) == ["mine"]
+    assert (runs["mine"]["id"], runs["mine"]["status"]) == (run["id"], "FINISHED")
+    assert runs["mine"]["artifacts"] == ["adapter", "plan.json", "trial.json"]
+    assert runs["mine"]["points"]["train/loss"] == run["points"]["train/loss"], "none twice"
+    assert tracker.run_id in tracker.describe()
+
+
+def test_child_of_a_study_has_the_series_that_are_worth_a_column(tmp_path: Path, uri: str) -> None:
+    folder, record = make_study(tmp_path)
+    trial = write_trial(folder, 0, (0.5,))
+    series = {"loss": [2.0, 1.0], "seconds": [0.1, 0.1]}
+    write_json(trial.steps_file, series)
+    tracker = Tracker(uri, folder, record)
+    tracker.mirror_trial(trial)
+    points = read_runs(tracker)["00000 blocks(2)"]["points"]
+    assert [p[:2] for p in points["train/loss"]] == [(1, 2.0), (2, 1.0)]
+    assert "train/seconds" not in points
+
+
+def test_run_that_was_left_is_closed_and_goes_on(tmp_path: Path, uri: str) -> None:
+    tracker = RunTracker(uri, make_run(tmp_path))
+    tracker.mirror()
+    tracker.finish()
+    assert read_runs(tracker)["mine"]["status"] == "KILLED"
+    tracker.mirror()
+    assert read_runs(tracker)["mine"]["status"] == "RUNNING"
+
+
+def test_store_that_fails_does_not_stop_a_run(
+    tmp_path: Path, empty_store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place, elsewhere = tmp_path / "store", tmp_path / "moved"
+    place.mkdir()
+    shutil.copy(empty_store, place)
+    folder = make_run(tmp_path)
+    tracker = RunTracker(f"sqlite:///{place}/mlflow.db", folder)
+    place.rename(elsewhere)
+    tracker.mirror()
+    tracker.mirror()
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert f"The run goes on; metrics stand in {folder.path}" in warning
+    elsewhere.rename(place)
+    tracker.finish()
+    assert read_runs(tracker)["mine"]["metrics"]["accuracy"] == 0.6
+
+
+def test_long_series_is_thinned_to_the_same_steps_while_it_grows(tmp_path: Path, uri: str) -> None:
+    values = [float(step) for step in range(1, 10_001)]
+    whole = thinned(values, num_steps=10_000)
+    assert len(whole) == 200
+    assert whole[-1] == (10_000, 10_000.0)
+    assert set(thinned(values[:3_000], num_steps=10_000)) < set(whole)
+    seen = {point for end in range(100, 10_001, 100) for point in thinned(values[:end])}
+    assert len(seen) < 900, "of epochs: half of them more with every doubling"
+    assert thinned([1.0, float("inf"), float("nan"), 2.0]) == [(1, 1.0), (4, 2.0)]
+
+    folder = make_run(tmp_path)  # more than MLflow takes at once
+    series = {f"metric_{k}": values[:200] for k in range(7)}
+    write_json(folder.steps_file, series)
+    tracker = RunTracker(uri, folder)
+    tracker.mirror()
+    points = read_runs(tracker)["mine"]["points"]
+    for k in range(7):
+        assert [point[1] for point in points[f"train/metric_{k}"]] == values[:200]
 
 
 def test_importing_the_room_does_not_import_mlflow() -> None:

@@ -19,7 +19,9 @@ from e2lora.adapters.randlora import RandLora
 from e2lora.adapters.vera import Vera
 from e2lora.config import AdapterConfig, PlanConfig, TrialConfig, system_name
 from e2lora.models import dtype_of, weights_fingerprint
+from e2lora.partitioned import known_to_peft, numel_of
 from e2lora.plan import SharingPlan, require_plan_fits
+from e2lora.quantized import require_can_train_quantised
 from e2lora.targets import find_targets
 
 FAMILIES: dict[str, Family] = {
@@ -93,7 +95,8 @@ def adapt(
     request = Request(plan, config, head, adapter_name, gradients, initial)
     is_bare = not hasattr(model, "get_base_model")
     try:
-        adapted = family.build(model, request)
+        with known_to_peft(model):
+            adapted = family.build(model, request)
     except BaseException:
         if is_bare:  # on a PEFT model PEFT takes back what it did
             put_back(model)
@@ -222,13 +225,14 @@ def require_possible_trial(config: TrialConfig) -> None:
     family = FAMILIES[config.adapter.family]
     family.require_suits(config.plan, config.adapter)
     family.require_trains(config)
+    require_can_train_quantised(config, family.touches_base(config.adapter))
 
 
 def count_parameters(model: Any) -> tuple[int, int]:
     """Trainable (adapter, head) parameters, each shared tensor once."""
     parts = {False: 0, True: 0}
     for name, parameter in trainable_parameters(model).items():
-        parts[is_head(name, model)] += parameter.numel()
+        parts[is_head(name, model)] += numel_of(parameter)
     return parts[False], parts[True]
 
 

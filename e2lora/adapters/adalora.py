@@ -85,7 +85,7 @@ class AdaLora(Family):
 
     def require_trains(self, config: TrialConfig) -> None:
         super().require_trains(config)
-        max_steps = config.training.max_steps
+        max_steps = config.training.num_steps
         tinit, tfinal = schedule(config.adapter.adalora, max_steps)
         if tinit + tfinal >= max_steps:
             raise ValueError(
@@ -138,8 +138,8 @@ class AdaLora(Family):
         self, adapted: Any, config: AdapterConfig, training: TrainConfig, handle: Handle
     ) -> Hooks:
         peft_config = adapted.peft_config[DEFAULT_NAME]
-        peft_config.total_step = training.max_steps
-        peft_config.tinit, peft_config.tfinal = schedule(config.adalora, training.max_steps)
+        peft_config.total_step = training.num_steps
+        peft_config.tinit, peft_config.tfinal = schedule(config.adalora, training.num_steps)
         return AdaLoraHooks(adapted, handle)
 
     def pack(self, tensors: dict[str, Tensor], adapted: Any, name: str) -> dict[str, Tensor]:

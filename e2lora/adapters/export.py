@@ -86,6 +86,7 @@ def export_adapter(
     _require_place(out, folder)
     base = _named(record.base, model)
     assert base.model is not None
+    _require_floats_to_merge(base.model, form)
     written = dtype or base.dtype
     if model is not None:
         _require_architecture(base)
@@ -189,8 +190,8 @@ def _named(base: BaseRecord, model: str | None) -> BaseRecord:
     """
     config = base.model
     if model is not None:
-        overrides = config.config_overrides if config else {}
-        config = ModelConfig(name=model, config_overrides=overrides)
+        kept = {"config_overrides", "quantization"}
+        config = ModelConfig(name=model, **(config.model_dump(include=kept) if config else {}))
     if config is None:
         raise ValueError(
             f"the adapter's record doesn't name its base model, a {base.architecture}. Name it "
@@ -198,6 +199,14 @@ def _named(base: BaseRecord, model: str | None) -> BaseRecord:
         )
     located = config.model_copy(update={"name": resolve(config.name)})
     return base.model_copy(update={"model": located})
+
+
+def _require_floats_to_merge(model: ModelConfig, form: Form) -> None:
+    if model.quantization and form == "merged":
+        raise ValueError(
+            "merged weights would be rounded to the base's four bits again; got form='merged' for "
+            f"a base with quantization={model.quantization!r}. Export it as 'peft' or 'portable'."
+        )
 
 
 def _require_architecture(base: BaseRecord) -> None:

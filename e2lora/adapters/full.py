@@ -11,6 +11,7 @@ from torch import nn
 
 from e2lora.adapters.family import Ability, Family, Request
 from e2lora.config import AdapterConfig, PlanConfig
+from e2lora.partitioned import numel_of
 from e2lora.plan import SharingPlan
 
 
@@ -37,7 +38,7 @@ class FullyTrained(nn.Module):
         """Trained, and all."""
         sizes = {True: 0, False: 0}
         for parameter in self.parameters():
-            sizes[parameter.requires_grad] += parameter.numel()
+            sizes[parameter.requires_grad] += numel_of(parameter)
         return sizes[True], sum(sizes.values())
 
     def print_trainable_parameters(self) -> None:

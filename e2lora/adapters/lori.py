@@ -35,10 +35,10 @@ class Lori(FrozenALora):
         mask_after, training = config.adapter.lori.mask_after, config.training
         if mask_after is None:
             return
-        if mask_after >= training.max_steps:
+        if mask_after >= training.num_steps:
             raise ValueError(
                 "LoRI-S needs steps after its mask: `lori.mask_after` must be below max_steps; got "
-                f"{mask_after} and {training.max_steps}. Half of max_steps gives both stages the "
+                f"{mask_after} and {training.num_steps}. Half of max_steps gives both stages the "
                 "same."
             )
         if training.zero_stage == 3:

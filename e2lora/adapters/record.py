@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,7 +93,7 @@ def adapter_card(
         _table(("", ""), rows),
         *([] if full else ["## Plan", _plan_in_words(plan), _plan_table(plan)]),
         "## Loading",
-        f"```python\n{loading_lines(base)}```",
+        f"```python\n{loading_lines(base, head=record.head)}```",
         "Run from this folder, or name it in the last line. Only safetensors and JSON are read. "
         "e2lora's `jobs/export.py` makes of this folder what PEFT, vLLM, llama.cpp or transformers "
         "load without e2lora.",
@@ -120,7 +121,9 @@ def export_card(
         lines = ["import torch", f"from transformers import {base.architecture}", "", last]
         code = "\n".join(lines) + "\n"
     else:
-        code = loading_lines(base, "from peft import PeftModel", "PeftModel.from_pretrained")
+        code = loading_lines(
+            base, "from peft import PeftModel", "PeftModel.from_pretrained", record.head
+        )
     sections = [
         _header(base),
         f"# {system}, r = {plan.options.r}, {form}",
@@ -131,9 +134,12 @@ def export_card(
 
 
 def loading_lines(
-    base: BaseRecord, imports: str = "import e2lora", function: str = "e2lora.load"
+    base: BaseRecord,
+    imports: str = "import e2lora",
+    function: str = "e2lora.load",
+    head: Sequence[str] = (),
 ) -> str:
-    """Python that loads the base and the adapter on it."""
+    """Python that loads the base and the adapter on it; ``head`` is left out of quantisation."""
     model = base.model or ModelConfig(name="BASE_MODEL")
     is_asset = model.name.startswith("demo:")
     options: dict[str, Any] = {} if model.revision is None else {"revision": model.revision}
@@ -143,9 +149,13 @@ def loading_lines(
     options |= model.config_overrides
     written += [f"{key}={_literal(value)}" for key, value in options.items()]
     written.append(f"dtype=torch.{base.dtype}")
+    classes = [base.architecture]
+    if model.quantization:
+        classes.append("BitsAndBytesConfig")
+        written.append(f"quantization_config={_quantization(base.dtype, head)}")
     lines = [
         "import torch",
-        f"from transformers import {base.architecture}",
+        f"from transformers import {', '.join(sorted(classes))}",
         "",
         imports,
         *(["from e2lora.assets import resolve"] if is_asset else []),
@@ -156,6 +166,19 @@ def loading_lines(
         f'model = {function}(base, ".")',
     ]
     return "\n".join(lines) + "\n"
+
+
+def _quantization(dtype: str, head: Sequence[str]) -> str:
+    """As :func:`e2lora.quantized.nf4` has it."""
+    options = [
+        "load_in_4bit=True",
+        'bnb_4bit_quant_type="nf4"',
+        "bnb_4bit_use_double_quant=True",
+        f"bnb_4bit_compute_dtype=torch.{dtype}",
+        *([f"llm_int8_skip_modules={json.dumps(head)}"] if head else []),
+    ]
+    inner = "".join(f"        {option},\n" for option in options)
+    return f"BitsAndBytesConfig(\n{inner}    )"
 
 
 def _literal(value: Any) -> str:
@@ -174,7 +197,10 @@ def _base_in_words(base: BaseRecord) -> str:
     named = "" if base.model is None else base.model.name
     if base.model and base.model.revision:
         named += f" at {base.model.revision}"
-    kind = f"{base.architecture}, {base.dtype}, weights {base.weights_fingerprint}"
+    dtype = base.dtype
+    if base.model and base.model.quantization:
+        dtype = f"{base.model.quantization.upper()} (bitsandbytes), {dtype}"
+    kind = f"{base.architecture}, {dtype}, weights {base.weights_fingerprint}"
     return f"{named} ({kind})" if named else kind
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from e2lora.adapters.family import Request, base_layer, layers_of
+from e2lora.partitioned import gathered, told_by_first
 from e2lora.plan import SharingPlan
 from e2lora.targets import is_transposed
 
@@ -139,12 +140,16 @@ def require_floats(model: Any, plan: SharingPlan) -> None:
 
 
 def _chosen(layer: Any, path: str, name: str, choose: Callable[[Any, str], None]) -> list[Tensor]:
-    """A₀ and B₀ as PEFT chooses them, in float32, rounded to the type of the weights."""
-    dtype = layer.get_base_layer().weight.dtype
-    with _copied_weight(layer), torch.no_grad():
+    """A₀ and B₀ as PEFT chooses them, in float32, rounded to the type of the weights.
+
+    Of a partitioned weight they are those of the first worker: singular vectors may differ.
+    """
+    weight = layer.get_base_layer().weight
+    with gathered([weight]), _copied_weight(layer), torch.no_grad():
         choose(layer, path)
     tensors = [getattr(layer, slot)[name].weight.detach() for slot in PAIR]
-    return [tensor.to(dtype).float().contiguous() for tensor in tensors]
+    rounded = (tensor.to(weight.dtype).float().contiguous() for tensor in tensors)
+    return [told_by_first(tensor, weight) for tensor in rounded]
 
 
 @contextmanager
@@ -188,7 +193,8 @@ def _take_out(layer: Any, name: str, a: Tensor, b: Tensor) -> None:
     """``W − s·B₀A₀``, computed in float32 as LoRA-GA does in PEFT."""
     base = layer.get_base_layer()
     part = layer.scaling[name] * (b @ a)
-    base.weight.copy_(base.weight.float() - (part.T if is_transposed(base) else part))
+    with gathered([base.weight], write=True):
+        base.weight.copy_(base.weight.float() - (part.T if is_transposed(base) else part))
 
 
 def _describe_on_original(config: Any) -> None:

@@ -38,7 +38,9 @@ from e2lora.adapters.record import VERSION, AdapterRecord, BaseRecord, Count, ad
 from e2lora.adapters.tensors import write_tensors
 from e2lora.config import AdapterConfig, ModelConfig, TrialConfig, in_one_paragraph
 from e2lora.models import Base, dtype_of
+from e2lora.partitioned import gathered, shape_of
 from e2lora.plan import SharingPlan
+from e2lora.quantized import keep_as_stored, quantisation_of
 from e2lora.records import Evaluation, write_json, write_text
 
 WEIGHTS, RECORD, PLAN, CARD = "adapter.safetensors", "e2lora.json", "plan.json", "README.md"
@@ -138,7 +140,7 @@ def _base_record(
     name = getattr(inner, "name_or_path", "")
     if model is None and name:
         revision = None if Path(name).exists() else getattr(config, "_commit_hash", None)
-        model = ModelConfig(name=name, revision=revision)
+        model = ModelConfig(name=name, revision=revision, quantization=quantisation_of(inner))
     return BaseRecord(
         weights_fingerprint=fingerprint,
         model=model,
@@ -207,6 +209,7 @@ def load_adapter(model: Any, folder: Path | str, adapter_name: str = DEFAULT_NAM
         ValueError: another base model, or weights that don't fit the plan.
     """
     record, plan, stored = read_folder(folder)
+    keep_as_stored(model)
     _require_base(model, record, folder)
     initial = {n.removeprefix(INITIAL): t for n, t in stored.items() if n.startswith(INITIAL)}
     trained = {name: t for name, t in stored.items() if not name.startswith(INITIAL)}
@@ -235,7 +238,7 @@ def load_adapter(model: Any, folder: Path | str, adapter_name: str = DEFAULT_NAM
                 "with the version it was trained with, and export it."
             )
         parameters = stored_names(adapted, adapter_name)
-        shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+        shapes = {name: shape_of(parameter) for name, parameter in parameters.items()}
         _fill(
             parameters, family.unpack(trained, shapes, adapted, adapter_name), folder, family.name
         )
@@ -295,9 +298,9 @@ def _fill(
     missing = sorted(parameters.keys() - stored.keys())
     extra = sorted(stored.keys() - parameters.keys())
     wrong = sorted(
-        f"{name} {tuple(stored[name].shape)} for {tuple(parameters[name].shape)}"
+        f"{name} {tuple(stored[name].shape)} for {shape_of(parameters[name])}"
         for name in parameters.keys() & stored.keys()
-        if parameters[name].shape != stored[name].shape
+        if shape_of(parameters[name]) != tuple(stored[name].shape)
     )
     if missing or extra or wrong:
         raise ValueError(
@@ -307,7 +310,8 @@ def _fill(
         )
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(stored[name])
+            with gathered([parameter], write=True):
+                parameter.copy_(stored[name])
 
 
 def _fingerprint(tensors: Mapping[str, Tensor]) -> str:

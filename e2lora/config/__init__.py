@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from e2lora.config.adapter import (
     FAMILY_NAMES,
@@ -39,6 +39,7 @@ from e2lora.config.tasks import (
     TaskConfig,
     TextClassificationConfig,
 )
+from e2lora.config.training import PARALLELISM, EarlyStopping, TrainConfig
 
 __all__ = [
     "CUT_BY_GRADIENTS",
@@ -50,6 +51,7 @@ __all__ = [
     "AdapterConfig",
     "AnyTaskConfig",
     "CalibrationConfig",
+    "EarlyStopping",
     "ExplicitGroup",
     "Frozen",
     "GroupSpec",
@@ -82,66 +84,12 @@ class ModelConfig(Frozen):
     config_overrides: dict[str, float | int | str | bool] = Field(
         default={}, description="set on the transformers configuration, e.g. a dropout of 0"
     )
-
-
-class TrainConfig(Frozen):
-    """Optimisation and parallelism. One step is one optimiser step on one global batch."""
-
-    max_steps: int = Field(gt=0)
-    global_batch_size: int = Field(default=16, gt=0, description="samples of all workers, per step")
-    gradient_accumulation_steps: int = Field(default=1, gt=0)
-    learning_rate: float = Field(gt=0)
-    head_learning_rate: float | None = Field(
-        default=None, gt=0, description="of a freshly initialised head; None: as the adapter's"
+    attn_implementation: str | None = Field(
+        default=None, description="None: the fastest that model, device and packages offer"
     )
-    weight_decay: float = Field(default=0.0, ge=0)
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    warmup_steps: int = Field(default=0, ge=0)
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    eval_every: int | None = Field(default=None, gt=0, description="steps; None: at the end only")
-    checkpoint_every: int | None = Field(
-        default=None, gt=0, description="steps; None: at every evaluation"
+    quantization: Literal["nf4"] | None = Field(
+        default=None, description="of the frozen weights: QLoRA's NF4, by bitsandbytes"
     )
-    eval_batch_size: int = Field(default=64, gt=0)
-    precision: Literal["fp32", "bf16"] = "fp32"
-    zero_stage: Literal[0, 1, 2] = 1
-    num_workers: int = Field(default=1, gt=0)
-    cpus_per_worker: float = Field(default=1, gt=0)
-    gpus_per_worker: float = Field(default=0, ge=0)
-
-    @model_validator(mode="after")
-    def _options_agree(self) -> TrainConfig:
-        parts = self.num_workers * self.gradient_accumulation_steps
-        if self.global_batch_size % parts:
-            raise ValueError(
-                "`global_batch_size` must be a multiple of num_workers x "
-                f"gradient_accumulation_steps; got {self.global_batch_size} and "
-                f"{self.num_workers} x {self.gradient_accumulation_steps}. Change one of them."
-            )
-        if self.precision == "bf16" and self.zero_stage == 0:
-            raise ValueError(
-                "bf16 needs float32 master weights, which DeepSpeed keeps where they can be "
-                "checkpointed at ZeRO stages 1 and 2 only; got zero_stage=0. Use stage 1, which "
-                "costs nothing with one worker."
-            )
-        if self.warmup_steps >= self.max_steps:
-            raise ValueError(
-                f"`warmup_steps` ({self.warmup_steps}) must be below `max_steps` "
-                f"({self.max_steps})."
-            )
-        return self
-
-
-PARALLELISM = frozenset(
-    {
-        "num_workers",
-        "cpus_per_worker",
-        "gpus_per_worker",
-        "zero_stage",
-        "gradient_accumulation_steps",
-    }
-)
-"""Options of training that spread the work and don't decide what is computed."""
 
 
 class TrialConfig(Frozen):
@@ -243,17 +191,26 @@ def _at_type_scope(adapter: AdapterConfig) -> str:
 
 
 class GroupSpec(Frozen):
-    """What a worker group must be: trials with equal specs can follow one another on it."""
+    """What a worker group must be: trials with equal specs can follow one another on it.
+
+    An elastic group has at least ``min_workers`` and at most ``num_workers``.
+    """
 
     num_workers: int
     cpus_per_worker: float
     gpus_per_worker: float
     zero_stage: int
     precision: str
+    offload_parameters: bool = False
+    torch_compile: bool = False
+    min_workers: int | None = None
 
     @classmethod
-    def of(cls, training: TrainConfig) -> GroupSpec:
-        return cls(**{name: getattr(training, name) for name in cls.model_fields})
+    def of(cls, training: TrainConfig, min_workers: int | None = None) -> GroupSpec:
+        """Of the workers that a trial asks for; ``min_workers``: with how few it may do, too."""
+        names = cls.model_fields.keys() & TrainConfig.model_fields.keys()
+        given = {name: getattr(training, name) for name in names}
+        return cls(**given, min_workers=min_workers)
 
 
 class Objective(Frozen):

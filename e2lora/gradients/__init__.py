@@ -24,6 +24,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from e2lora.gathering import gathered_as_needed
+from e2lora.gradients.idle import Idle
 from e2lora.gradients.probe import checkpointed, device_of, probed, undisturbed
 from e2lora.gradients.recorder import BLOCK_ROWS, Microbatch, Recorder, Round, of_all_workers
 from e2lora.gradients.sums import GradientSums, spill_folders
@@ -80,6 +82,7 @@ def measure_gradients(
     probing: Probing = Probing(),
     group: Any = None,
     on_progress: OnProgress = lambda done, total: None,
+    again: Any = None,
 ) -> Measurement:
     """Statistics of ∂(mean loss)/∂W for every target, exact for the sum over all microbatches.
 
@@ -93,6 +96,8 @@ def measure_gradients(
         group: process group of all workers, or None for one.
         on_progress: called after each microbatch, and often in between, with how many are done
             and of how many.
+        again: inputs for a worker that has fewer microbatches than others, where the model's
+            weights are partitioned: all must make equally many passes. They are not measured.
 
     Raises:
         ValueError: a gradient that is not finite; inputs that can't be told apart by fold.
@@ -101,6 +106,7 @@ def measure_gradients(
     several = len(num_supervised) > 1  # one fold is all rows, which are measured anyway
     scales = [total / supervised for supervised in num_supervised] if several else []
     microbatches = of_all_workers([len(r.microbatches) for r in rounds], group)
+    idle = Idle(again, microbatches, [len(r.microbatches) for r in rounds], model)
     passes = split_by_size(targets, held_bytes(targets, microbatches), probing.max_held_bytes)
     progress = _Progress(on_progress, len(passes) * sum(len(r.microbatches) for r in rounds))
 
@@ -113,6 +119,7 @@ def measure_gradients(
         whole = GradientSums(spills[0], 1.0)
         folds = [GradientSums(f, s) for f, s in zip(spills[1:], scales, strict=True)]
         stack.enter_context(undisturbed(model))
+        stack.enter_context(gathered_as_needed(model))
         if probing.checkpointing:
             stack.enter_context(checkpointed(model, targets))
         devices = {t.path: device_of(model.get_submodule(t.path)) for t in targets}
@@ -121,7 +128,7 @@ def measure_gradients(
             recorder = Recorder(
                 members, whole, folds, devices, probing.max_held_bytes, group, progress.alive
             )
-            losses.append(_one_pass(model, recorder, rounds, mean_loss, progress))
+            losses.append(_one_pass(model, recorder, rounds, mean_loss, progress, idle))
             held = held or recorder.held_some
         loss = losses[0]
         if group is not None:
@@ -152,11 +159,12 @@ def _one_pass(
     rounds: Sequence[Round],
     mean_loss: Callable[[Any], Tensor],
     progress: _Progress,
+    idle: Idle,
 ) -> Tensor:
     """Forward and backward of all rounds for the recorder's targets; this worker's loss."""
     total = torch.zeros((), dtype=torch.float64)
     with probed(model, list(recorder.targets), recorder.fired, recorder.record) as backward:
-        for r in rounds:
+        for number, r in enumerate(rounds):
             recorder.begin_round(r)
             for microbatch in r.microbatches:
                 recorder.before_forward(microbatch)
@@ -165,6 +173,9 @@ def _one_pass(
                 backward(loss)
                 total += loss.detach().double().cpu()
                 progress.one_more()
+            with recorder.deaf():
+                for inputs in idle.inputs_of(number):
+                    backward(mean_loss(inputs))
             recorder.end_round()
     recorder.finish()
     return total

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,13 +75,22 @@ class Recorder:
         self.held_some = False
         self._devices, self._max_held_bytes = devices, max_held_bytes
         self._forwards: Counter[str] = Counter()
-        self._alone = False
+        self._alone = self._deaf = False
         self._rows: tuple[int, ...] = ()
         self._round: tuple[int, ...] = ()
         self._once: frozenset[str] = frozenset()
         self._done: set[str] = set()
         self._of_round: dict[tuple[int, str], Tensor] = {}
         self._of_all: dict[str, Tensor] = {}
+
+    @contextmanager
+    def deaf(self) -> Iterator[None]:
+        """Nothing is recorded within."""
+        self._deaf = True
+        try:
+            yield
+        finally:
+            self._deaf = False
 
     def begin_round(self, r: Round) -> None:
         self._alone = all(n == 1 for n in of_all_workers(len(r.microbatches), self.group))
@@ -92,7 +102,8 @@ class Recorder:
 
     def fired(self, path: str) -> None:
         self._alive()
-        self._forwards[path] += 1
+        if not self._deaf:
+            self._forwards[path] += 1
 
     def after_forward(self) -> None:
         """Which gradients will be whole at once: those of targets that fired once, on all workers.
@@ -110,6 +121,8 @@ class Recorder:
     def record(self, path: str, x: Tensor, delta: Tensor) -> None:
         """What backward saw: input (rows, …, in) and gradient of the output (rows, …, out)."""
         self._alive()
+        if self._deaf:
+            return
         target = self.targets[path]
         shares = self._shares(path, x, delta)
         if path not in self._once:

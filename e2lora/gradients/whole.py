@@ -10,7 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from e2lora.gathering import gathered_as_needed
+from e2lora.gradients.idle import Idle
 from e2lora.gradients.probe import checkpointed, device_of, probed, undisturbed
+from e2lora.gradients.recorder import of_all_workers
 from e2lora.moments import Target
 
 
@@ -23,6 +26,7 @@ def sum_gradients(
     checkpointing: bool = False,
     group: Any = None,
     alive: Callable[[], None] = lambda: None,
+    again: Any = None,
 ) -> dict[str, Tensor]:
     """∂(mean loss)/∂W summed over the targets of each group, with frozen weights.
 
@@ -35,6 +39,7 @@ def sum_gradients(
         num_supervised: samples (tokens) of all workers, by which the loss is divided once.
         group: process group of all workers, or None for one.
         alive: called often, to show that the worker lives.
+        again: as for :func:`e2lora.gradients.measure_gradients`.
 
     Returns:
         Each target's path → the tensor of its group.
@@ -49,8 +54,14 @@ def sum_gradients(
         total = torch.zeros(shape, device=device_of(model.get_submodule(first.path)))
         sums |= {target.path: total for target in members}
 
+    of_workers = of_all_workers([len(microbatches)], group)
+    idle = Idle(again, of_workers, [len(microbatches)], model).inputs_of(0)
+    deaf = False
+
     def record(path: str, x: Tensor, delta: Tensor) -> None:
         alive()
+        if deaf:
+            return
         total = sums[path]
         flat = (t.detach().reshape(-1, t.shape[-1]).to(total) for t in (delta, x))
         deltas, xs = flat
@@ -58,11 +69,15 @@ def sum_gradients(
 
     with ExitStack() as stack:
         stack.enter_context(undisturbed(model))
+        stack.enter_context(gathered_as_needed(model))
         if checkpointing:
             stack.enter_context(checkpointed(model, [t for ts in groups for t in ts]))
         backward = stack.enter_context(probed(model, list(sums), lambda path: alive(), record))
         for inputs in microbatches:
             backward(loss_sum(model, inputs) / num_supervised)
+        deaf = True
+        for inputs in idle:
+            backward(loss_sum(model, inputs))
     for members in groups:
         total = sums[members[0].path]
         if group is not None:

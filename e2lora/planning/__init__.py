@@ -35,7 +35,8 @@ from e2lora.profile import measure_profile
 from e2lora.profile_cache import ProfileCache
 from e2lora.records import write_json
 from e2lora.targets import find_targets, layers_without
-from e2lora.tasks import TrialData, load_task
+from e2lora.tasks import load_task
+from e2lora.tokens import tokenised
 
 
 @dataclass(frozen=True)
@@ -85,15 +86,15 @@ def dry_run(request: Request) -> str:
     targets = find_targets(structure, request.adapter.target_modules)
     for options in request.plans.values():
         require_possible(targets, options)
-    rows = task.features("train", load_tokenizer(request.model))
+    data = tokenised(task, load_tokenizer(request.model))
     calibration = config.plan.calibration
     numbers = calibration_folds(
-        [len(row["input_ids"]) for row in rows],
+        data.lengths,
         calibration.num_samples,
         calibration.num_folds,
         request.seed,
     )
-    folds = [[rows[i] for i in fold] for fold in numbers]
+    folds = [[data.train[i] for i in fold] for fold in numbers]
     cost = profile_cost(structure, targets, folds, calibration, request.num_workers)
     lines = [
         f"{title_of(request.model.name, request.task.display_name)}: nothing is measured (dry run)",
@@ -246,8 +247,7 @@ def _measured(request: Request) -> GradientProfile:
     print("loading the model and its rows", file=sys.stderr)
     base = load_base(request.model, task.auto_class, task.num_labels, torch.float32)
     base.model.to(_device())
-    rows = {split: task.features(split, base.tokenizer) for split in ("train", "validation")}
-    data = TrialData(task, rows["train"], rows["validation"])
+    data = tokenised(task, base.tokenizer)
     return measure_profile(base, data, config, on_progress=_Progress(), cache=ProfileCache())
 
 

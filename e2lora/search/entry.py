@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from e2lora.cluster import connect, is_of_the_cluster
-from e2lora.command import default_storage, find_study, run_for_user
+from e2lora.command import default_storage, find_study, require_name, run_for_user
 
 
 def run_command(
@@ -20,7 +19,9 @@ def run_command(
     def run() -> int:
         study = find_study(space)
         study_name = name or space.rpartition(".")[2]
-        _require_usable(study_name, num_trials)
+        require_name("--study", study_name)
+        if num_trials is not None and num_trials < 1:
+            raise ValueError(f"--trials must be at least 1; got {num_trials}.")
         connect()
         from e2lora.search.study import run_study
 
@@ -42,13 +43,3 @@ def _is_for_users(error: Exception) -> bool:
     from ray.tune.error import TuneError
 
     return is_of_the_cluster(error) or isinstance(error, TuneError)
-
-
-def _require_usable(name: str, num_trials: int | None) -> None:
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
-        raise ValueError(
-            "--study names a folder and Ray actors: letters, digits, '.', '_' and '-', a letter or "
-            f"digit first; got {name!r}."
-        )
-    if num_trials is not None and num_trials < 1:
-        raise ValueError(f"--trials must be at least 1; got {num_trials}.")

@@ -6,7 +6,6 @@ result.json. Whatever is killed in between, the ledger and the folders say where
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,11 @@ from optuna.trial import FrozenTrial, TrialState
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
-from e2lora.config import Study, TrialConfig, in_one_paragraph
+from e2lora.config import Study, in_one_paragraph
 from e2lora.pool import JobFailed, Pool
+from e2lora.preflight import Plans, differences, with_absolute_paths
 from e2lora.records import StudyFolder, TrialResult, write_json
-from e2lora.search.plans import Plans, configuration_of, with_absolute_paths
+from e2lora.search.plans import configuration_of, require_possible_in
 
 MODES = {"maximize": "max", "minimize": "min"}
 
@@ -123,13 +123,14 @@ class LedgerSearch(OptunaSearch):
             ) from error
         declared, config = config, with_absolute_paths(config)
         if folder.config_file.exists() and folder.config() != config:
+            changed = "; ".join(differences(folder.config(), config))
             raise ChangedSpace(
                 "a resumed study must have the space it began with; trial "
-                f"{folder.number} differs in {_difference(folder.config(), config)}. Go back to "
+                f"{folder.number} differs in {changed}. Go back to "
                 "that space, or use another --study name."
             )
         write_json(folder.config_file, config)  # before the check: a refused trial is told, too
-        self._plans.check(declared, self._study)
+        require_possible_in(self._study, self._plans, declared)
         plan = self._plans.plan_for(config, self._pool)
         write_json(folder.plan_file, plan)
         return {
@@ -189,20 +190,3 @@ def failed_result(number: int, error: str) -> TrialResult:
 def _storage(folder: StudyFolder) -> JournalStorage:
     file = str(folder.journal)
     return JournalStorage(JournalFileBackend(file, lock_obj=JournalFileOpenLock(file)))
-
-
-def _difference(old: TrialConfig, new: TrialConfig) -> str:
-    """The fields in which two configurations differ, with both values."""
-    a, b = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
-    keys = [key for key in {**a, **b} if a.get(key) != b.get(key)]
-    return "; ".join(f"{key}: was {a.get(key)!r}, is {b.get(key)!r}" for key in keys)
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    flat: dict[str, str] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = json.dumps(value)
-    return flat

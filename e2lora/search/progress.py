@@ -8,7 +8,9 @@ from typing import Any
 
 from ray.tune import Callback
 
+from e2lora.broker import Running
 from e2lora.pool import Pool
+from e2lora.preflight import Plans
 from e2lora.records import StudyFolder, TrialFolder
 from e2lora.tracking import Tracker
 
@@ -18,8 +20,10 @@ PULSE_SECONDS = 10.0
 class Progress(Callback):
     """Mirrors trials to the tracker as Tune hears of them, and prints how the study goes."""
 
-    def __init__(self, folder: StudyFolder, pool: Pool, tracker: Tracker, num_trials: int) -> None:
-        self._folder, self._pool, self._tracker = folder, pool, tracker
+    def __init__(
+        self, folder: StudyFolder, pool: Pool, plans: Plans, tracker: Tracker, num_trials: int
+    ) -> None:
+        self._folder, self._pool, self._plans, self._tracker = folder, pool, plans, tracker
         self._num_trials = num_trials
         self._began = time.monotonic()
         self._ended_before = self._count_ended()
@@ -65,27 +69,24 @@ class Progress(Callback):
         return f"{head} {metrics}  {result.seconds:.0f} s"
 
     def _beat(self) -> None:
-        import ray
-
         while not self._stop.wait(PULSE_SECONDS):
-            try:
-                running = ray.get(self._pool.broker.progress.remote())
-            except ray.exceptions.RayError:
-                continue  # the pool says what is wrong with it
-            print(self.pulse(running), flush=True)
+            print(self.pulse(self._pool.progress()), flush=True)
 
-    def pulse(self, running: dict[str, tuple[int, int]]) -> str:
+    def pulse(self, running: dict[str, Running]) -> str:
         """One line: ended of all, what runs and how far, minutes gone and to go."""
         ended = self._count_ended()
         parts, underway = [], 0.0
-        for key, (step, attempt) in sorted(running.items()):
+        for key, (step, attempt, measured) in sorted(running.items()):
             if key.startswith("profile"):
                 parts.append("measuring a gradient profile")
                 continue
-            training = self._folder.trial(int(key.rpartition("-")[2])).config().training
-            underway += step / training.max_steps
+            number = int(key.rpartition("-")[2])
+            num_steps = self._plans.num_steps(self._folder.trial(number).config())
+            underway += step / num_steps
             again = f" (attempt {attempt})" if attempt > 1 else ""
-            parts.append(f"#{int(key.rpartition('-')[2])} {step}/{training.max_steps}{again}")
+            if measured:
+                again += f" loss {measured['loss']:.3g}, {measured['tokens_per_second']:,.0f} tok/s"
+            parts.append(f"#{number} {step}/{num_steps}{again}")
         gone = time.monotonic() - self._began
         done_here = ended - self._ended_before + underway
         eta = "?"

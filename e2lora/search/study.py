@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from e2lora.cluster import HEAD, require_shared_storage, slots
+from e2lora.command import held_alone
 from e2lora.config import GroupSpec, Study, TrialConfig
 from e2lora.pool import Pool
+from e2lora.preflight import Plans
 from e2lora.records import StudyFolder, StudyRecord, write_json
 from e2lora.report import render_report
 from e2lora.search.ledger import LedgerSearch
-from e2lora.search.plans import Plans, checked_configurations
+from e2lora.search.plans import checked_configurations
 from e2lora.search.progress import Progress
 from e2lora.search.trials import thin_trial
 from e2lora.tracking import Tracker, default_tracking_uri
@@ -61,10 +60,10 @@ def run_study(
     num_trials = num_trials or study.num_trials
     record = _record_of(study, space, folder)
     require_shared_storage(folder.path.parent)
-    plans = Plans(folder)
+    plans = Plans(folder.profiles)
     configs = checked_configurations(study, plans)
     folder.path.mkdir(parents=True, exist_ok=True)
-    with _held_alone(folder):
+    with held_alone(folder.path, "a study", "--study"):
         write_json(folder.record_file, record)
         tracker = Tracker(default_tracking_uri(folder.path.parent), folder, record)
         pool = Pool(name, folder.path / "ray", isolated)
@@ -84,24 +83,6 @@ def run_study(
     print(f"plans, adapters, results   {folder.trials}")
     print(tracker.describe(), flush=True)
     return StudyOutcome(folder, num_trials, searcher.num_complete, searcher.num_open > 0)
-
-
-@contextmanager
-def _held_alone(folder: StudyFolder) -> Iterator[None]:
-    """One process at a time may run a study; the lock goes with the process that holds it.
-
-    Raises:
-        ValueError: another one runs it now.
-    """
-    lock = FileLock(folder.path / ".lock", blocking=False)
-    try:
-        with lock:
-            yield
-    except Timeout as error:
-        raise ValueError(
-            f"a study is run by one process at a time; another one runs {folder.path} now. Wait "
-            "for it, or give this one another --study name."
-        ) from error
 
 
 def _record_of(study: Study, space: str, folder: StudyFolder) -> StudyRecord:
@@ -151,7 +132,7 @@ def _run_trials(
         f"{', each trial on a fresh one' if isolated else ''}\nin {folder.path}",
         flush=True,
     )
-    progress = Progress(folder, pool, tracker, searcher.num_trials)
+    progress = Progress(folder, pool, plans, tracker, searcher.num_trials)
     tuner = tune.Tuner(
         tune.with_resources(thin_trial, HEAD),
         tune_config=tune.TuneConfig(

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from e2lora.broker import Job, Update
+from e2lora.broker import Job
 from e2lora.config import GroupSpec
-from e2lora.records import Evaluation, TrialFolder, TrialResult, write_json, write_text
+from e2lora.recording import record
+from e2lora.records import TrialFolder
 
 
 def thin_trial(config: dict[str, Any]) -> None:
@@ -31,7 +32,7 @@ def thin_trial(config: dict[str, Any]) -> None:
         if news is None:
             continue
         seen, update = news
-        record(folder, update)
+        record(folder, folder.number, update)
         for evaluation in update.evaluations[told:]:
             last = update.ended and evaluation is update.evaluations[-1]
             tune.report(
@@ -45,28 +46,3 @@ def thin_trial(config: dict[str, Any]) -> None:
         told = len(update.evaluations)
         if update.ended:
             return
-
-
-def record(folder: TrialFolder, update: Update) -> None:
-    """Bring a trial's folder up to what the broker accepted; ``result.json`` comes last."""
-    evaluations = [Evaluation(**evaluation) for evaluation in update.evaluations]
-    if evaluations:
-        lines = [evaluation.model_dump_json() + "\n" for evaluation in evaluations]
-        write_text(folder.metrics_file, "".join(lines))
-        write_json(folder.outcomes_file, update.outcomes)
-    if update.ended:
-        result = update.result or {}
-        write_json(folder.losses_file, result.get("losses", []))
-        write_json(
-            folder.result_file,
-            TrialResult(
-                number=folder.number,
-                state="complete" if update.result else "failed",
-                metrics=result.get("metrics", {}),
-                adapter_parameters=result.get("adapter_parameters", 0),
-                head_parameters=result.get("head_parameters", 0),
-                seconds=result.get("seconds", 0.0),
-                attempts=update.attempts,
-                error=update.error,
-            ),
-        )

@@ -10,14 +10,18 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from e2lora.config import AnyTaskConfig, TaskConfig
+from e2lora.tasks.columns import Features, TokenRows, lengths_of
+from e2lora.tasks.packing import cannot_pack
 from e2lora.tasks.scores import RowScore
 from e2lora.tasks.sft import Sft
 from e2lora.tasks.text_classification import TextClassification
 
-Features = dict[str, Any]
+__all__ = ["TASKS", "Features", "Task", "TokenRows", "TrialData", "load_task", "require_can_pack"]
 
 
 class Task(Protocol):
@@ -26,6 +30,7 @@ class Task(Protocol):
     auto_class: Any
     num_labels: int | None  # None where the model has no label head
     metric_names: tuple[str, ...]
+    can_pack: bool  # whether several rows may lie in one sequence
 
     @property
     def config(self) -> TaskConfig:
@@ -36,12 +41,29 @@ class Task(Protocol):
         """Rows of ``train`` or ``validation``."""
         ...
 
+    def content(self, split: str) -> str:
+        """Names all that ``features`` reads of a split: its rows, in order, and the options."""
+        ...
+
     def features(self, split: str, tokenizer: Any) -> list[Features]:
-        """Tokenised rows of ``train`` or ``validation``, in row order, not padded."""
+        """Tokenised rows of ``train`` or ``validation``, in row order, not padded.
+
+        A feature is a number or a list of numbers.
+        """
         ...
 
     def collate(self, rows: Sequence[Features], tokenizer: Any) -> dict[str, Tensor]:
-        """One batch, padded to its longest row."""
+        """One batch, padded to its longest row; rows may hold arrays for lists."""
+        ...
+
+    def pack(
+        self, rows: Sequence[Features], tokenizer: Any, one_sequence: bool = False
+    ) -> dict[str, Tensor]:
+        """The batch of ``collate`` for ``loss_sum``, its rows in few sequences, or in one.
+
+        Raises:
+            ValueError: a task that can't.
+        """
         ...
 
     def num_supervised(self, rows: Sequence[Features]) -> int:
@@ -66,13 +88,20 @@ class TrialData:
     """A task with its tokenised rows, as a group keeps them."""
 
     task: Task
-    train: list[Features]
-    validation: list[Features]
+    train: Sequence[Features]
+    validation: Sequence[Features]
 
     @cached_property
-    def lengths(self) -> tuple[int, ...]:
+    def lengths(self) -> NDArray[np.int64]:
         """Tokens of each training row."""
-        return tuple(len(row["input_ids"]) for row in self.train)
+        return lengths_of(self.train)
+
+    @cached_property
+    def num_supervised(self) -> NDArray[np.int64]:
+        """Supervised samples or tokens of each training row."""
+        if isinstance(self.train, TokenRows):
+            return self.train.num_supervised
+        return np.array([self.task.num_supervised([row]) for row in self.train], dtype=np.int64)
 
 
 TASKS: dict[str, type[Task]] = {"sft": Sft, "text_classification": TextClassification}
@@ -81,3 +110,13 @@ TASKS: dict[str, type[Task]] = {"sft": Sft, "text_classification": TextClassific
 def load_task(config: AnyTaskConfig) -> Task:
     """Read and check the data of a task; see the class in ``TASKS`` for the errors."""
     return TASKS[config.kind](config)  # type: ignore[call-arg]
+
+
+def require_can_pack(config: AnyTaskConfig) -> None:
+    """Refuse a task whose rows can't be packed, from its configuration alone.
+
+    Raises:
+        ValueError: it can't.
+    """
+    if not TASKS[config.kind].can_pack:
+        raise cannot_pack(config.kind)

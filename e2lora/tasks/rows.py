@@ -7,7 +7,9 @@ A local folder holds ``train``, ``validation`` and ``test`` files (jsonl, json, 
 from __future__ import annotations
 
 import glob
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +147,20 @@ def carve_validation(splits: dict[str, Any], config: TaskConfig) -> dict[str, An
         "train": train.select(np.sort(order[config.validation_size :])),
         "validation": train.select(np.sort(order[: config.validation_size])),
     }
+
+
+def content_of(config: TaskConfig, values: Iterable[Sequence[Any]]) -> str:
+    """Names columns of values with a task's own options; where the rows lie doesn't enter."""
+    options = config.model_dump(mode="json", exclude=set(TaskConfig.model_fields))
+    digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode())
+    for column in values:
+        digest.update(b"\ncolumn\n")
+        for begin in range(0, len(column), HASHED_AT_ONCE):
+            digest.update(json.dumps(column[begin : begin + HASHED_AT_ONCE]).encode())
+    return digest.hexdigest()
+
+
+HASHED_AT_ONCE = 1000  # rows
 
 
 def require_filled(

@@ -11,12 +11,14 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from e2lora.config import SftConfig
-from e2lora.tasks.rows import carve_validation, read_splits, require_filled
+from e2lora.tasks.columns import padded
+from e2lora.tasks.packing import packed
+from e2lora.tasks.rows import carve_validation, content_of, read_splits, require_filled
 from e2lora.tasks.scores import RowScore, mean_loss, mean_outcome
 
 IGNORED = -100  # the label of a token without a loss, in torch and transformers
@@ -29,6 +31,7 @@ class Sft:
 
     metric_names: tuple[str, ...] = ("nll", "loss", "perplexity")
     num_labels: int | None = None  # a language model has no label head
+    can_pack = True
 
     def __init__(self, config: SftConfig) -> None:
         from transformers import AutoModelForCausalLM
@@ -53,6 +56,9 @@ class Sft:
     def num_rows(self, split: str) -> int:
         return len(self._rows[split])
 
+    def content(self, split: str) -> str:
+        return content_of(self.config, [self._prompts(split), self._answers(split)])
+
     def features(self, split: str, tokenizer: Any) -> list[dict[str, Any]]:
         """``input_ids``: special tokens as the tokenizer begins a text, prompt, answer, eos.
 
@@ -68,11 +74,10 @@ class Sft:
                 f"trained with; {tokenizer.name_or_path!r} has none. Name a causal model, or set "
                 "`eos_token` in its tokenizer_config.json."
             )
-        rows = self._rows[split]
         # The template may hold other braces too, which str.format would take for its own.
         texts = [self.config.template.replace("{prompt}", p) for p in self._prompts(split)]
         before = tokenizer(texts, return_special_tokens_mask=True)
-        answers = tokenizer(list(rows[self.config.answer_column]), add_special_tokens=False)
+        answers = tokenizer(self._answers(split), add_special_tokens=False)
         features = []
         for row, answer in enumerate(answers["input_ids"]):
             prompt = _without_closing(before["input_ids"][row], before["special_tokens_mask"][row])
@@ -84,7 +89,10 @@ class Sft:
         return features
 
     def _prompts(self, split: str) -> list[str]:
-        return list(self._rows[split][self.config.prompt_column])
+        return self._rows[split][self.config.prompt_column][:]
+
+    def _answers(self, split: str) -> list[str]:
+        return self._rows[split][self.config.answer_column][:]
 
     def _require_room(self, split: str, row: int, num_prompt_tokens: int) -> None:
         if 0 < num_prompt_tokens < self.config.max_length:
@@ -106,21 +114,22 @@ class Sft:
 
     def collate(self, rows: Sequence[dict[str, Any]], tokenizer: Any) -> dict[str, Tensor]:
         """Padded on the right, whatever side the tokenizer prefers for generation."""
-        pad = tokenizer.pad_token_id
-        pad = tokenizer.eos_token_id if pad is None else pad  # the attention mask hides it
-
-        def padded(sequences: Sequence[list[int]], value: int) -> Tensor:
-            return pad_sequence([torch.tensor(s) for s in sequences], True, value)
-
+        input_ids = [row["input_ids"] for row in rows]
         return {
-            "input_ids": padded([row["input_ids"] for row in rows], pad),
-            "attention_mask": padded([[1] * len(row["input_ids"]) for row in rows], 0),
+            "input_ids": padded(input_ids, _pad_id(tokenizer)),
+            "attention_mask": padded([np.ones(len(ids), int) for ids in input_ids], 0),
             "labels": padded([row["labels"] for row in rows], IGNORED),
         }
 
+    def pack(
+        self, rows: Sequence[dict[str, Any]], tokenizer: Any, one_sequence: bool = False
+    ) -> dict[str, Tensor]:
+        input_ids, labels = ([row[name] for row in rows] for name in ("input_ids", "labels"))
+        return packed(input_ids, labels, _pad_id(tokenizer), IGNORED, one_sequence)
+
     def num_supervised(self, rows: Sequence[dict[str, Any]]) -> int:
         """Tokens of the answers, each eos included; a prompt's token stands before each of them."""
-        return sum(label != IGNORED for row in rows for label in row["labels"])
+        return sum(int((np.asarray(row["labels"]) != IGNORED).sum()) for row in rows)
 
     def loss_sum(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
         return self._token_losses(model, batch)[0].sum()
@@ -153,6 +162,12 @@ class Sft:
         chosen = logits[supervised].float()
         losses = torch.nn.functional.cross_entropy(chosen, following[supervised], reduction="none")
         return losses, supervised
+
+
+def _pad_id(tokenizer: Any) -> int:
+    """Any token does: no row sees its padding."""
+    pad = tokenizer.pad_token_id
+    return tokenizer.eos_token_id if pad is None else pad
 
 
 def _without_closing(ids: list[int], special: list[int]) -> list[int]:

@@ -10,11 +10,14 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from e2lora.config import TextClassificationConfig
-from e2lora.tasks.rows import carve_validation, read_splits, require_filled
+from e2lora.tasks.columns import padded
+from e2lora.tasks.packing import cannot_pack
+from e2lora.tasks.rows import carve_validation, content_of, read_splits, require_filled
 from e2lora.tasks.scores import RowScore, mean_loss, mean_outcome
 
 
@@ -22,6 +25,7 @@ class TextClassification:
     """See :class:`e2lora.tasks.Task`. Rows are checked as soon as they are read."""
 
     metric_names: tuple[str, ...] = ("accuracy", "loss", "majority_baseline")
+    can_pack = False
 
     def __init__(self, config: TextClassificationConfig) -> None:
         from transformers import AutoModelForSequenceClassification
@@ -61,9 +65,14 @@ class TextClassification:
                 )
         return [self._index[value] for value in values]
 
+    def content(self, split: str) -> str:
+        return content_of(self.config, [*self._texts(split), self._targets[split]])
+
+    def _texts(self, split: str) -> list[list[str]]:
+        return [self._rows[split][column][:] for column in self._text_columns]
+
     def features(self, split: str, tokenizer: Any) -> list[dict[str, Any]]:
-        rows = self._rows[split]
-        texts = [list(rows[column]) for column in self._text_columns]
+        texts = self._texts(split)
         encoded = tokenizer(*texts, truncation=True, max_length=self.config.max_length)
         keys = [key for key in encoded if key in tokenizer.model_input_names]
         return [
@@ -72,10 +81,28 @@ class TextClassification:
         ]
 
     def collate(self, rows: Sequence[dict[str, Any]], tokenizer: Any) -> dict[str, Tensor]:
-        inputs = [{k: v for k, v in row.items() if k != "labels"} for row in rows]
-        batch = dict(tokenizer.pad(inputs, return_tensors="pt"))
-        batch["labels"] = torch.tensor([row["labels"] for row in rows])
+        """Padded on the side that the tokenizer prefers, with the values that it pads with."""
+        fill = {
+            "input_ids": tokenizer.pad_token_id,
+            "token_type_ids": tokenizer.pad_token_type_id,
+            "attention_mask": 0,
+        }
+        names = [name for name in rows[0] if name != "labels"]
+        if unknown := [name for name in names if fill.get(name) is None]:
+            raise ValueError(
+                "rows are padded with values that are known; the tokenizer "
+                f"{tokenizer.name_or_path!r} gives none for {unknown}. Set `pad_token` in its "
+                "tokenizer_config.json, or name another model."
+            )
+        side = tokenizer.padding_side
+        batch = {name: padded([row[name] for row in rows], fill[name], side) for name in names}
+        batch["labels"] = torch.from_numpy(np.array([row["labels"] for row in rows], np.int64))
         return batch
+
+    def pack(
+        self, rows: Sequence[dict[str, Any]], tokenizer: Any, one_sequence: bool = False
+    ) -> dict[str, Tensor]:
+        raise cannot_pack(self.config.kind)
 
     def num_supervised(self, rows: Sequence[dict[str, Any]]) -> int:
         return len(rows)

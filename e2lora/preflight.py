@@ -1,0 +1,180 @@
+"""Configurations → checked plans, before anything is trained: for studies and for single runs.
+
+Structures (shapes without weights) are found once per model, task and target modules; gradient
+profiles are measured once per model, task, seed and calibration, on a worker group.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from e2lora.activations import require_checkpointable
+from e2lora.adapters import FAMILIES, count_adapter_parameters, require_possible_trial
+from e2lora.broker import Job
+from e2lora.cluster import require_fits
+from e2lora.config import AdapterConfig, GroupSpec, TrialConfig, fingerprint_of
+from e2lora.data import calibration_rows
+from e2lora.models import load_structure
+from e2lora.moments import GradientProfile, Target
+from e2lora.plan import SharingPlan, build_plan, require_possible
+from e2lora.pool import Pool
+from e2lora.stopping import require_metric
+from e2lora.targets import find_targets
+from e2lora.tasks import Task, load_task, require_can_pack
+
+
+class Plans:
+    """Checks configurations and builds their plans.
+
+    Args:
+        profiles: the folder of gradient profiles.
+        min_workers: with how few workers an elastic group may do; None: it isn't elastic.
+    """
+
+    def __init__(self, profiles: Path, min_workers: int | None = None) -> None:
+        self._profiles, self._min_workers = profiles, min_workers
+        self._tasks: dict[str, Task] = {}
+        self._structures: dict[str, Any] = {}
+        self._fitting: set[GroupSpec] = set()
+
+    def targets(self, config: TrialConfig) -> tuple[Target, ...]:
+        """What the trial adapts; raises what loading the data or the model's structure does."""
+        return find_targets(self._structure(config), config.adapter.target_modules)
+
+    def _structure(self, config: TrialConfig) -> Any:
+        task = self.task(config)
+        key = fingerprint_of([config.model.fingerprint(), config.task.fingerprint()])
+        if key not in self._structures:
+            self._structures[key] = load_structure(config.model, task.auto_class, task.num_labels)
+        return self._structures[key]
+
+    def task(self, config: TrialConfig) -> Task:
+        """Its data are loaded once."""
+        key = config.task.fingerprint()
+        if key not in self._tasks:
+            self._tasks[key] = load_task(config.task)
+        return self._tasks[key]
+
+    def num_steps(self, config: TrialConfig) -> int:
+        """How many steps a trial will take, if it isn't stopped early."""
+        return config.training.for_rows(self.task(config).num_rows("train")).num_steps
+
+    def group_spec(self, config: TrialConfig) -> GroupSpec:
+        """The kind of worker group that serves this configuration."""
+        return GroupSpec.of(config.training, self._min_workers)
+
+    def check(self, config: TrialConfig) -> None:
+        """Everything that can be known to be wrong before anything is trained.
+
+        Raises:
+            ValueError, OSError: a model, data, target, rank or worker request that can't work.
+        """
+        spec = self.group_spec(config)
+        if spec not in self._fitting:  # asked once: a node that is away for a while comes back
+            require_fits(spec)
+            self._fitting.add(spec)
+        task, training = self.task(config), config.training
+        if training.packing:
+            require_can_pack(config.task)
+        require_metric(training.early_stopping, task.metric_names)
+        family = FAMILIES[config.adapter.family]
+        if config.plan.needs_profile or family.needs_gradients:
+            calibration_rows(
+                task.num_rows("train"), config.plan.calibration.num_samples, config.seed
+            )
+        known = training.for_rows(task.num_rows("train"))
+        require_possible_trial(config.model_copy(update={"training": known}))
+        targets = self.targets(config)
+        require_possible(targets, config.plan)
+        if not config.plan.needs_profile:
+            _require_fits(build_plan(targets, config.plan), config)
+
+    def measure_profiles(self, configs: Iterable[TrialConfig], pool: Pool) -> None:
+        """Measure, on the pool, what profiles these configurations need and the folder lacks."""
+        wanting = {
+            self.profile_file(config): config
+            for config in map(with_absolute_paths, configs)
+            if config.plan.needs_profile
+        }
+        missing = [config for file, config in wanting.items() if not file.exists()]
+        if missing:
+            print(f"measuring {len(missing)} gradient profile(s) as groups come up", flush=True)
+        for config in missing:
+            self._profile(config, pool)
+
+    def plan_for(self, config: TrialConfig, pool: Pool) -> SharingPlan:
+        """The plan, after measuring the profile on a group if it isn't there yet."""
+        profile = self._profile(config, pool) if config.plan.needs_profile else None
+        plan = build_plan(self.targets(config), config.plan, profile)
+        _require_fits(plan, config)
+        return plan
+
+    def count(self, config: TrialConfig, plan: SharingPlan) -> int:
+        """Trainable adapter parameters; of full fine-tuning all, what may be a head among them."""
+        counted = count_adapter_parameters(plan, config.adapter)
+        if counted is not None:
+            return counted
+        return sum(parameter.numel() for parameter in self._structure(config).parameters())
+
+    def _profile(self, config: TrialConfig, pool: Pool) -> GradientProfile:
+        file = self.profile_file(config)
+        if not file.exists():
+            payload = {"config": config.model_dump_json(), "file": str(file)}
+            spec = self.group_spec(config)
+            pool.run(Job(f"profile-{file.stem}", "profile", spec, payload))
+        return GradientProfile.model_validate_json(file.read_text())
+
+    def profile_file(self, config: TrialConfig) -> Path:
+        """One per what a profile depends on; the trial's other options don't matter to it."""
+        adapter: AdapterConfig = config.adapter
+        key = fingerprint_of(
+            [
+                config.model.fingerprint(),
+                config.task.fingerprint(),
+                config.plan.calibration.fingerprint(),
+                sorted(adapter.target_modules),
+                config.seed,
+                config.training.precision,
+            ]
+        )
+        return self._profiles / f"{key}.json"
+
+
+def _require_fits(plan: SharingPlan, config: TrialConfig) -> None:
+    FAMILIES[config.adapter.family].require_fits(plan, config.adapter)
+    require_checkpointable(plan, config.adapter, config.training)
+
+
+def with_absolute_paths(config: TrialConfig) -> TrialConfig:
+    """Local files by their absolute path: workers don't run in the folder of this process."""
+    return config.model_copy(
+        update={
+            "model": config.model.model_copy(update={"name": _absolute(config.model.name)}),
+            "task": config.task.model_copy(update={"data": _absolute(config.task.data)}),
+        }
+    )
+
+
+def _absolute(name: str) -> str:
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.exists() else name
+
+
+def differences(old: TrialConfig, new: TrialConfig) -> list[str]:
+    """The fields in which two configurations differ, each with both values."""
+    a, b = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    keys = [key for key in {**a, **b} if a.get(key) != b.get(key)]
+    return [f"{key}: was {a.get(key)!r}, is {b.get(key)!r}" for key in keys]
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = json.dumps(value)
+    return flat

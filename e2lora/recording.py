@@ -1,0 +1,31 @@
+"""What the broker accepted of a trial → its folder."""
+
+from __future__ import annotations
+
+from e2lora.broker import Update
+from e2lora.records import Evaluation, TrialFolder, TrialResult, write_json, write_text
+
+
+def record(folder: TrialFolder, number: int, update: Update) -> None:
+    """Bring a trial's folder up to what the broker accepted; ``result.json`` comes last."""
+    evaluations = [Evaluation(**evaluation) for evaluation in update.evaluations]
+    if evaluations:
+        lines = [evaluation.model_dump_json() + "\n" for evaluation in evaluations]
+        write_text(folder.metrics_file, "".join(lines))
+        write_json(folder.outcomes_file, update.outcomes)
+        write_json(folder.steps_file, update.history)
+    if update.ended:
+        result = update.result or {}
+        write_json(
+            folder.result_file,
+            TrialResult(
+                number=number,
+                state="complete" if update.result else "failed",
+                metrics=result.get("metrics", {}),
+                adapter_parameters=result.get("adapter_parameters", 0),
+                head_parameters=result.get("head_parameters", 0),
+                seconds=result.get("seconds", 0.0),
+                attempts=update.attempts,
+                error=update.error,
+            ),
+        )

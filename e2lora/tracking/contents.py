@@ -1,0 +1,141 @@
+"""What a run in MLflow should hold, from what a trial's files say; knows nothing of MLflow."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from e2lora.config import TrialConfig
+from e2lora.records import StudyRecord, TrialFolder
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+
+RESULT_TAG, ERROR_TAG, NOTE_TAG = "e2lora.result", "e2lora.error", "mlflow.note.content"
+LABELS = ("model", "task", "topology", "system", "seed")  # parameters that are tags as well
+PLAN_OPTIONS = {"topology", "r", "lora_alpha"}
+SPECIAL_PLAN_OPTIONS = {  # told where they are set: columns of defaults only slow the UI
+    "block_size",
+    "stride",
+    "num_intervals",
+    "partition_seed",
+    "use_rslora",
+    "similarity",
+    "allocation",
+    "beta",
+    "budget",
+}
+TRAINING_OPTIONS = {"learning_rate", "max_steps", "global_batch_size", "zero_stage", "num_workers"}
+SPECIAL_TRAINING_OPTIONS = {"num_epochs", "precision", "schedule", "packing"}
+MOST_POINTS = 200
+"""Of one series of steps: the UI draws no more than that, and a study has many series."""
+
+
+@dataclass
+class Contents:
+    """What a run holds: in MLflow, or what a trial's files say it should."""
+
+    status: str
+    tags: dict[str, str]
+    params: dict[str, str]
+    points: set[tuple[str, int, float]]  # metric, step, value
+    run_id: str = ""
+    unread: Sequence[str] = ()  # metrics whose points in MLflow are not known yet
+
+    @classmethod
+    def of(cls, run: Run) -> Contents:
+        info, data = run.info, run.data
+        return cls(info.status, data.tags, data.params, set(), info.run_id, list(data.metrics))
+
+
+def study_params(record: StudyRecord) -> dict[str, str]:
+    return {
+        "study": record.name,
+        "space": record.space,
+        "models": ", ".join(model.name for model in record.models),
+        "tasks": ", ".join(task.display_name for task in record.tasks),
+        "budgets": ", ".join(map(str, record.budgets)),
+        "seeds": ", ".join(map(str, record.seeds)),
+        "objectives": ", ".join(f"{o.name} ({o.direction})" for o in record.objectives),
+    }
+
+
+def trial_params(config: TrialConfig) -> dict[str, str]:
+    """What is worth an axis of MLflow's parallel plot; all the rest stands in trial.json."""
+    model = config.model
+    special = config.training.model_dump(include=SPECIAL_TRAINING_OPTIONS, exclude_defaults=True)
+    values: dict[str, object] = {
+        "model": f"{model.name}@{model.revision}" if model.revision else model.name,
+        "task": config.task.display_name,
+        "system": config.system,
+        "seed": config.seed,
+        "family": config.adapter.family,
+        "target_modules": ", ".join(config.adapter.target_modules),
+        **config.adapter.special_options,
+        **config.plan.model_dump(include=PLAN_OPTIONS),
+        **config.plan.model_dump(include=SPECIAL_PLAN_OPTIONS, exclude_defaults=True),
+        **config.training.model_dump(include=TRAINING_OPTIONS),
+        **special,
+    }
+    return {name: str(value) for name, value in values.items()}
+
+
+def read_trial(
+    trial: TrialFolder, running: bool, series: Collection[str] | None = None
+) -> Contents | None:
+    """What the trial's run should hold; None while the trial has nothing on disk to show.
+
+    Args:
+        running: whether someone trains it, if it has no result.
+        series: which of those that have a value for each step; None: all.
+    """
+    result, evaluations = trial.result(), trial.evaluations()
+    config = trial.config() if trial.config_file.exists() else None
+    if config is None and result is None:
+        return None
+    params = trial_params(config) if config else {}
+    tags = {name: params[name] for name in LABELS if params}
+    if trial.plan_file.exists():
+        tags["plan_fingerprint"] = trial.plan().fingerprint()
+    points = {(name, e.step, value) for e in evaluations for name, value in e.metrics.items()}
+    known = config.training.max_steps if config else None
+    for name, values in trial.steps().items():
+        if series is None or name in series:
+            points |= {(f"train/{name}", step, v) for step, v in thinned(values, known)}
+    if not result:
+        return Contents("RUNNING" if running else "KILLED", tags, params, points)
+    tags[RESULT_TAG] = result.fingerprint()
+    if result.error:
+        tags[ERROR_TAG] = tags[NOTE_TAG] = result.error[-4000:]
+    final = {"seconds": result.seconds, "attempts": result.attempts}
+    if result.state == "complete":  # a failed trial is not scored: it is no point on a front
+        final |= result.metrics
+        final["adapter_parameters"] = result.adapter_parameters
+        final["head_parameters"] = result.head_parameters
+    last = evaluations[-1].step if evaluations else 0
+    if result.metrics and evaluations and result.metrics != evaluations[-1].metrics:
+        last += 1  # an earlier evaluation is kept, and MLflow shows what stands last
+    points |= {(name, last, float(value)) for name, value in final.items()}
+    return Contents("FINISHED" if result.state == "complete" else "FAILED", tags, params, points)
+
+
+def thinned(
+    values: Sequence[float], num_steps: int | None = None, most: int = MOST_POINTS
+) -> list[tuple[int, float]]:
+    """Some of a series of steps, each with its step; what isn't finite is left out.
+
+    The steps that are taken stay the same while the series grows to ``num_steps``, so that a run
+    never holds more than ``most``; without ``num_steps`` (epochs) it holds half of ``most`` more
+    each time that the series doubles.
+
+    >>> thinned([0.5, 0.4, 0.3, 0.2], num_steps=8, most=4)
+    [(2, 0.4), (4, 0.2)]
+    """
+    every = math.ceil((num_steps or 0) / most) or 1
+    if num_steps is None:
+        while len(values) > every * most:
+            every *= 2
+    taken = range(every, len(values) + 1, every)
+    return [(step, values[step - 1]) for step in taken if math.isfinite(values[step - 1])]
