@@ -27,7 +27,7 @@ Row = TypeVar("Row")
 Lengths = Sequence[int] | NDArray[np.int64]
 
 PROBE_ROWS = 8
-BUCKET_BATCHES = 16  # rows are sorted by length within this many batches
+BUCKET_BATCHES = 50  # rows are sorted by length within this many batches
 
 
 @dataclass(frozen=True)
@@ -163,16 +163,22 @@ def step_rows(lengths: Lengths, step: int, batch_size: int, seed: int) -> list[i
 def _epoch_order(
     measured: NDArray[np.int64], batch_size: int, seed: int, epoch: int
 ) -> NDArray[np.intp]:
-    """A permutation of all rows: random, then by length within buckets, then batches shuffled."""
+    """A permutation of all rows: random, then by length within buckets, then steps shuffled.
+
+    Rows that share a step with the epoch before or after stay as drawn: only whole steps are of
+    like length.
+    """
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(measured))
-    size = BUCKET_BATCHES * batch_size
-    batches = []
-    for begin in range(0, len(order), size):
-        bucket = order[begin : begin + size]
+    first = min(len(order), -epoch * len(order) % batch_size)  # the rest of the step before
+    last = first + (len(order) - first) // batch_size * batch_size
+    steps: list[NDArray[np.intp]] = []
+    for begin in range(first, last, BUCKET_BATCHES * batch_size):
+        bucket = order[begin : min(begin + BUCKET_BATCHES * batch_size, last)]
         bucket = bucket[np.argsort(measured[bucket], kind="stable")]
-        batches += [bucket[i : i + batch_size] for i in range(0, len(bucket), batch_size)]
-    return np.concatenate([batches[i] for i in rng.permutation(len(batches))])
+        steps += np.split(bucket, len(bucket) // batch_size)
+    shuffled = [steps[i] for i in rng.permutation(len(steps))]
+    return np.concatenate([order[:first], *shuffled, order[last:]])
 
 
 def microbatches_of(rows: Sequence[Row], rank: int, world: int, num: int) -> list[list[Row]]:

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from e2lora.adapters import FAMILIES, is_head, trainable_parameters
 from e2lora.adapters.family import Handle
-from e2lora.compiling import compiled
 from e2lora.config import AdapterConfig, TrainConfig
 from e2lora.gathering import frugal_linears, leave
 from e2lora.partitioned import gathered, import_deepspeed, is_part, is_partitioned, numel_of
@@ -124,8 +123,6 @@ class Engine(Handle):
         self._states = STATES[training.zero_stage](self._engine, optimizer)
         self._norm = 0.0
         self._held = ExitStack()
-        if training.torch_compile:
-            self._held.enter_context(compiled(model))
         if training.zero_stage == 3:
             self._held.enter_context(frugal_linears(model))
 

@@ -8,7 +8,6 @@ than tells it, so there the estimate decides.
 from __future__ import annotations
 
 import gc
-import os
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -305,8 +304,3 @@ def _left_in(folder: Path, limit: str, usage: str, cached: str) -> Iterator[int]
         return
     if most != "max":
         yield int(most) - used + int(stat.get(cached, 0))
-
-
-def workers_on_this_machine() -> int:
-    """As Ray Train and torchrun tell it."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

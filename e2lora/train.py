@@ -251,7 +251,7 @@ class _Run:
         measured = {
             "loss": mean,
             "learning_rate": self._learning_rate(step),
-            "grad_norm": self.engine.gradient_norm(),
+            "grad_norm": math.nan if self.engine.skipped else self.engine.gradient_norm(),
             **self.meter.read(batch.num_tokens, training.global_batch_size),
         }
         for name, value in measured.items():

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from e2lora.adapters import FAMILIES
 from e2lora.broker import Attempt
 from e2lora.config import AdapterConfig, GroupSpec, TrialConfig
+from e2lora.device import require_device_can
 from e2lora.health import OutOfMemory
 from e2lora.models import Base, load_base, own_weights, weights_fingerprint, wrapped_modules
 from e2lora.partitioned import Partitioning, bytes_held, move
@@ -62,7 +63,12 @@ class Resident:
         self._data: dict[str, TrialData] = {}
 
     def load(self, config: TrialConfig) -> tuple[Base, TrialData]:
-        """The base and the data of a trial, from memory where they are there already."""
+        """The base and the data of a trial, from memory where they are there already.
+
+        Raises:
+            ValueError: the device can't train it, or the data or the model can't be used.
+        """
+        require_device_can(config.training, config.model, self.device)
         key, self._adapter = config.model.fingerprint(), config.adapter
         data_key = f"{config.task.fingerprint()}-{key}"
         task = self._data[data_key].task if data_key in self._data else load_task(config.task)

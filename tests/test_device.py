@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from functools import partial
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -166,17 +166,18 @@ def test_only_fp16_has_a_loss_scale() -> None:
 # ---- compiling --------------------------------------------------------------------------------
 
 
-def curves(stage: int) -> tuple[list[float], list[float]]:
+def curves(stage: int, backend: Any = "inductor") -> tuple[list[float], list[float]]:
     """Losses of a plain run and of a compiled one."""
     losses = []
     for compiles in (False, True):
-        engine, adapted = start(zero_stage=stage, torch_compile=compiles)
+        adapted = Adapted("llama")
         names = list(adapted.model.state_dict())
-        assert (adapted.model._compiled_call_impl is not None) == compiles
-        losses.append([step_of(engine, step) for step in range(4)])
-        assert list(adapted.model.state_dict()) == names
-        engine.close()
-        assert adapted.model._compiled_call_impl is None
+        with compiled(adapted.model, backend) if compiles else nullcontext():
+            options = training(zero_stage=stage, torch_compile=compiles)
+            engine = Engine(adapted.model, adapted.config, options)
+            losses.append([step_of(engine, step) for step in range(4)])
+            assert list(adapted.model.state_dict()) == names
+            engine.close()
     return losses[0], losses[1]
 
 
@@ -212,10 +213,9 @@ def test_compiled_model_trains_as_a_plain_one_at_every_length(
     """With torch's tracing and without its code generation, which takes minutes."""
     from torch._dynamo.utils import counters
 
-    monkeypatch.setattr("e2lora.engine.compiled", partial(compiled, backend="eager"))
     monkeypatch.setenv(SWITCH, "1")
     counters.clear()
-    plain, other = curves(stage)
+    plain, other = curves(stage, "eager")
     assert other == pytest.approx(plain, rel=1e-5)
     assert 1 <= counters["stats"]["unique_graphs"] <= 3, "lengths share their graphs"
     assert not counters["graph_break"]

@@ -21,34 +21,7 @@ from e2lora.microbatch import (
     forward_and_backward,
 )
 from tests.kinds import Adapted, loss_of
-
-
-class MadeUp:
-    """Takes ``fixed + slope · rows``; fails, as a GPU would, above ``breaks``."""
-
-    def __init__(
-        self,
-        limit: int,
-        slope: int = 10,
-        fixed: int = 5,
-        tries: bool = True,
-        breaks: int | None = None,
-        size_of: Callable[[int], int] | None = None,
-    ) -> None:
-        self.limit, self.tries, self.breaks = limit, tries, breaks
-        self.size_of = size_of or (lambda n: fixed + slope * n)
-        self.tried: list[int] = []
-
-    def used(self, run: Callable[[int], None], num_rows: int) -> int:
-        self.tried.append(num_rows)
-        run(num_rows)
-        used = self.size_of(num_rows)
-        if self.breaks is not None and used > self.breaks:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return used
-
-
-def nothing(num_rows: int) -> None: ...
+from tests.made_up_memory import MadeUp, find_on_worker, nothing
 
 
 def by_hand(num_rows: int, limit: int) -> int:
@@ -114,24 +87,11 @@ def test_random_state_is_as_before() -> None:
     assert torch.equal(torch.rand(4), expected)
 
 
-def _of_worker(rank: int, rendezvous: str, limits: list[int], results: Any) -> None:
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=len(limits)
-    )
-    memory = MadeUp(limits[rank])
-    found = find_accumulation(nothing, 16, memory, torch.distributed.group.WORLD)
-    results[rank] = (found, memory.tried)
-    torch.distributed.destroy_process_group()
-
-
 def test_workers_agree_on_what_fits_the_smallest_memory(tmp_path: Path) -> None:
     with torch.multiprocessing.Manager() as manager:
         results = manager.dict()
-        torch.multiprocessing.start_processes(
-            _of_worker,
-            (str(tmp_path / "rendezvous"), [10_000, 50], results),
-            nprocs=2,
-            start_method="fork",
+        torch.multiprocessing.spawn(
+            find_on_worker, (str(tmp_path / "rendezvous"), [10_000, 50], results), nprocs=2
         )
         assert dict(results) == {0: (4, [1, 2, 4]), 1: (4, [1, 2, 4])}
 

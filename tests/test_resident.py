@@ -93,7 +93,8 @@ def write_plan(place: TrialFolder, config: TrialConfig) -> None:
     structure = load_structure(config.model, task.auto_class, task.num_labels)
     targets = find_targets(structure, config.adapter.target_modules)
     profile = made_up_profile(targets) if config.plan.needs_profile else None
-    write_json(place.plan_file, build_plan(targets, config.plan, profile))
+    plan = build_plan(targets, config.plan, profile)
+    write_json(place.plan_file, plan.model_copy(update={"measured_on": None}))  # by no real weights
 
 
 # ---- a worker process -------------------------------------------------------------------------
@@ -197,7 +198,7 @@ def test_fifty_trials_in_one_process_end_as_each_of_them_must(
     assert len(errors) == NUM_TRIALS
     assert errors.pop(STOPPED) == "stopped"
     assert "must fit the worker's memory" in errors.pop(TOO_LARGE)
-    assert "encoder.layer.3" in errors.pop(BROKEN) or True
+    assert "layer.3." in errors.pop(BROKEN)
     assert set(errors.values()) == {None}
 
 
