@@ -138,7 +138,7 @@ class Bench:
         from e2lora.records import TrialFolder
         from e2lora.targets import find_targets
         from e2lora.tasks import TrialData, load_task
-        from e2lora.train import Reports, run_trial
+        from e2lora.training import Reports, run_trial
 
         system = SYSTEMS[name]
         adapter = {"target_modules": self.targets, **system.adapter}

@@ -153,7 +153,7 @@ def load(setup: Setup) -> Material:
 
 def ours(setup: Setup, turns: Turns) -> Told:
     from e2lora.records import TrialFolder
-    from e2lora.train import Reports, TrialStopped, run_trial
+    from e2lora.training import Reports, TrialStopped, run_trial
 
     config, base, data, plan = material = load(setup)
     losses: list[float] = []
@@ -194,7 +194,7 @@ def _bare_loop(setup: Setup, turns: Turns, batch_of: Callable[[Material, int], A
 
     from e2lora.adapters import adapt, trainable_parameters
     from e2lora.models import reset_head
-    from e2lora.train import _seed_of
+    from e2lora.training import _seed_of
 
     material = load(setup)
     config, base, data, plan = material

@@ -278,7 +278,7 @@ def train_alone(payload: dict[str, str]) -> None:
 
     from e2lora.config import GroupSpec, TrialConfig
     from e2lora.records import TrialFolder
-    from e2lora.train import Reports, run_trial
+    from e2lora.training import Reports, run_trial
     from e2lora.worker import Resident
 
     config = TrialConfig.model_validate_json(payload["config"])
@@ -296,17 +296,17 @@ _spans: list[Span] = []
 
 def measure_worker() -> None:
     """Ray calls this in each process that it starts: from now on the parts of trials are timed."""
-    from e2lora import train, worker
+    from e2lora import training, worker
 
     for owner, name, label in (
         (worker.Resident, "load", "load"),
         (worker, "run_trial", "trial"),
-        (train, "run_trial", "trial"),
-        (train._Run, "_train_step", "step"),
-        (train, "Engine", "Engine"),
-        (train, "evaluate", "evaluate"),
-        (train, "save_checkpoint", "save_checkpoint"),
-        (train, "save_adapter", "save_adapter"),
+        (training, "run_trial", "trial"),
+        (training._Run, "_train_step", "step"),
+        (training, "Engine", "Engine"),
+        (training, "evaluate", "evaluate"),
+        (training, "save_checkpoint", "save_checkpoint"),
+        (training, "save_adapter", "save_adapter"),
         (worker.Resident, "drop_changed_base", "check"),
     ):
         setattr(owner, name, _timed(getattr(owner, name), label))

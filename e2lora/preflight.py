@@ -11,7 +11,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from e2lora.activations import require_checkpointable
 from e2lora.adapters import FAMILIES, count_adapter_parameters, require_possible_trial
 from e2lora.broker import Job
 from e2lora.cluster import require_fits
@@ -21,9 +20,10 @@ from e2lora.models import load_structure
 from e2lora.moments import GradientProfile, Target
 from e2lora.plan import SharingPlan, build_plan, require_possible
 from e2lora.pool import Pool
-from e2lora.stopping import require_metric
 from e2lora.targets import find_targets
 from e2lora.tasks import Task, load_task, require_can_pack
+from e2lora.training.activations import require_checkpointable
+from e2lora.training.stopping import require_metric
 
 
 class Plans:

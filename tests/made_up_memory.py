@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from e2lora.microbatch import find_accumulation
+from e2lora.training.microbatch import find_accumulation
 
 
 class MadeUp:

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from e2lora import checkpoint
-from e2lora.checkpoint import MARKER, TrainState, load_checkpoint, save_checkpoint
 from e2lora.records import Evaluation
+from e2lora.training import checkpoint
+from e2lora.training.checkpoint import MARKER, TrainState, load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -160,7 +160,7 @@ def test_state_is_read_without_the_engine_that_wrote_it(tmp_path: Path) -> None:
     code = f"""
 import sys
 from pathlib import Path
-from e2lora.checkpoint import load_checkpoint
+from e2lora.training.checkpoint import load_checkpoint
 assert load_checkpoint(Path({str(tmp_path)!r}), "trial a").step == 3
 assert not [m for m in ("deepspeed", "ray", "transformers", "peft") if m in sys.modules]
 """

@@ -102,7 +102,7 @@ def test_rows_of_like_length_lie_side_by_side_in_batches_of_random_order() -> No
 
 
 def test_steps_are_of_like_length_in_every_epoch_though_rows_are_left_over() -> None:
-    """Of 323 rows in batches of 8 some steps lie in two epochs; these alone may be of any length."""
+    """Of 323 rows in batches of 8 some steps lie in two epochs: these may be of any length."""
     lengths = np.random.default_rng(0).integers(1, 100, 323).tolist()
     for epoch in range(3):
         first, last = -(-epoch * 323 // 8), (epoch + 1) * 323 // 8

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from e2lora.compiling import SWITCH, compiled
 from e2lora.config import ModelConfig, TrainConfig
 from e2lora.device import require_device_can
-from e2lora.engine import Engine
+from e2lora.training.compiling import SWITCH, compiled
+from e2lora.training.engine import Engine
 from tests.kinds import KINDS, Adapted
 from tests.toy import Toy, toy_batches
 

@@ -29,7 +29,7 @@ from e2lora.adapters.export import export_adapter
 from e2lora.adapters.family import layers_of
 from e2lora.adapters.portable import portable_warnings, shortest_endings
 from e2lora.records import TrialFolder
-from e2lora.train import Reports, run_trial
+from e2lora.training import Reports, run_trial
 from jobs.export import main
 from tests.kinds import KINDS, SHARINGS, Adapted, Sharing, fill, make_base, output_of
 from tests.small import small_trial

@@ -359,7 +359,7 @@ def test_used_base_gives_the_numbers_of_a_fresh_one(case: Case) -> None:
 @pytest.mark.usefixtures("one_process")
 @over([Case(key, sharing, "llama") for key in FAMILIES for sharing in sharings_of(key)])
 def test_engine_trains_like_a_plain_loop_at_every_stage_declared(case: Case) -> None:
-    from e2lora.engine import Engine
+    from e2lora.training.engine import Engine
 
     plain = adapted_as(case)
     fill(plain.model)
@@ -396,7 +396,7 @@ def test_engine_trains_like_a_plain_loop_at_every_stage_declared(case: Case) -> 
 @over([Case(k, sharings_of(k)[-1], "llama") for k in FAMILIES if 3 in FAMILIES[k].zero_stages])
 def test_losses_at_stage_3_are_those_of_a_plain_loop_where_it_is_declared(case: Case) -> None:
     """Every tensor partitioned, however small."""
-    from e2lora.engine import Engine
+    from e2lora.training.engine import Engine
 
     plain, adapted = adapted_as(case), adapted_as(case)
     for one in (plain, adapted):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from e2lora.config import TrainConfig
-from e2lora.health import (
+from e2lora.training.health import (
     OutOfMemory,
     digest_of,
     explained_memory,
@@ -26,8 +26,8 @@ def of_two(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
     def gather(box: list[object], mine: object, group: object) -> None:
         box[:] = [mine, other]
 
-    monkeypatch.setattr("e2lora.health.dist.get_world_size", lambda group: 2)
-    monkeypatch.setattr("e2lora.health.dist.all_gather_object", gather)
+    monkeypatch.setattr("e2lora.training.health.dist.get_world_size", lambda group: 2)
+    monkeypatch.setattr("e2lora.training.health.dist.all_gather_object", gather)
     return other
 
 
@@ -89,5 +89,5 @@ def test_real_allocation_that_fails_is_recognised() -> None:
 
 
 def test_other_errors_pass_as_they_are() -> None:
-    with pytest.raises(RuntimeError, match="^shapes$"), explained_memory(TRAINING):
+    with pytest.raises(RuntimeError, match=r"^shapes$"), explained_memory(TRAINING):
         raise RuntimeError("shapes")

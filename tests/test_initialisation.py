@@ -21,7 +21,7 @@ from e2lora.models import Base, weights_fingerprint
 from e2lora.plan import build_plan
 from e2lora.records import TrialFolder
 from e2lora.targets import find_targets, is_transposed
-from e2lora.train import Reports, TrialStopped, run_trial
+from e2lora.training import Reports, TrialStopped, run_trial
 from e2lora.worker import Resident
 from tests.kinds import (
     ALPHA,

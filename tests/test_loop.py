@@ -18,13 +18,13 @@ from e2lora.config import (
     TrainConfig,
     TrialConfig,
 )
-from e2lora.health import OutOfMemory
 from e2lora.models import Base, load_base, weights_fingerprint
 from e2lora.plan import build_plan
 from e2lora.records import Evaluation, TrialFolder
 from e2lora.targets import find_targets
 from e2lora.tasks import TrialData
-from e2lora.train import Reports, TrainedTrial, TrialStopped, run_trial
+from e2lora.training import Reports, TrainedTrial, TrialStopped, run_trial
+from e2lora.training.health import OutOfMemory
 from tests.small import small_trial
 from tests.test_sft import ROWS, task_of, tiny_llama
 from tests.test_train import load_small, with_training
@@ -201,7 +201,7 @@ def test_batches_are_cut_as_memory_allows_and_the_losses_stay(
             run(num_rows)
             return num_rows
 
-    monkeypatch.setattr("e2lora.outset._memory", lambda *_: Narrow())
+    monkeypatch.setattr("e2lora.training.outset._memory", lambda *_: Narrow())
     config = with_training(SMALL, gradient_accumulation_steps="auto")
     found = train(resident, config, tmp_path / "found")
     assert "microbatches of 2 rows: 4 per step" in capsys.readouterr().out

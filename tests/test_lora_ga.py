@@ -28,7 +28,7 @@ from e2lora.profile import measure_group_gradients, measure_profile
 from e2lora.records import TrialFolder
 from e2lora.targets import find_targets
 from e2lora.tasks import TrialData, load_task
-from e2lora.train import Reports, TrialStopped, run_trial
+from e2lora.training import Reports, TrialStopped, run_trial
 from tests.kinds import (
     KINDS,
     Adapted,
@@ -373,9 +373,8 @@ def test_resumed_trial_measures_nothing_again_and_is_the_same_bit_for_bit(tmp_pa
         run_trial(base, data, plan, config, places[1], Reports(on_step=stop))
     base, data = load_small()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "e2lora.train.measure_group_gradients", lambda *a: pytest.fail("measured again")
-        )
+        measure = "e2lora.training.outset.measure_group_gradients"
+        patch.setattr(measure, lambda *_: pytest.fail("measured again"))
         resumed = run_trial(base, data, plan, config, places[1], Reports())
     assert (resumed.losses, resumed.evaluations) == (whole.losses, whole.evaluations)
     files = [place.adapter / "adapter.safetensors" for place in places]

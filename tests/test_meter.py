@@ -10,9 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from e2lora.adapters import adapt
 from e2lora.config import PlanConfig
-from e2lora.meter import FlopsPerToken, Meter, memory_gib, peak_flops
 from e2lora.plan import build_plan
 from e2lora.targets import find_targets
+from e2lora.training.meter import FlopsPerToken, Meter, memory_gib, peak_flops
 from tests.kinds import LLAMA
 
 
@@ -84,7 +84,7 @@ def test_peak_is_told_where_it_is_known(
 
 def test_mfu_is_the_share_of_the_peak_of_all_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     model = llama()
-    monkeypatch.setattr("e2lora.meter.peak_flops", lambda *_: 1e9)
+    monkeypatch.setattr("e2lora.training.meter.peak_flops", lambda *_: 1e9)
     meter = Meter(model, torch.device("cpu"), "bf16", num_workers=4)
     measured = meter.read(num_tokens=240, num_rows=10)
     expected = 240 / measured["seconds"] * FlopsPerToken.of(model).at(24.0) / (4 * 1e9)

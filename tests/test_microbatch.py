@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from e2lora.health import OutOfMemory
-from e2lora.microbatch import (
+from e2lora.training.health import OutOfMemory
+from e2lora.training.microbatch import (
     CPU_MARGIN,
     CpuMemory,
     NewTensors,

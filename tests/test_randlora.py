@@ -19,7 +19,7 @@ from e2lora.config import AdapterConfig, ExplicitGroup, PlanConfig
 from e2lora.models import Base
 from e2lora.records import TrialFolder
 from e2lora.tasks import TrialData
-from e2lora.train import Reports, run_trial
+from e2lora.training import Reports, run_trial
 from tests.kinds import (
     ALPHA,
     KINDS,

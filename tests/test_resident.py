@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -17,14 +18,14 @@ import torch
 
 from e2lora.broker import Attempt, Broker, Job
 from e2lora.config import AdapterConfig, GroupSpec, PlanConfig, TrialConfig
-from e2lora.health import OutOfMemory
 from e2lora.models import load_structure, own_weights, wrapped_modules
 from e2lora.partitioned import bytes_held
 from e2lora.plan import build_plan
 from e2lora.records import TrialFolder, write_json
 from e2lora.targets import find_targets
 from e2lora.tasks import load_task
-from e2lora.train import Reports, TrialStopped, run_trial
+from e2lora.training import Reports, TrialStopped, run_trial
+from e2lora.training.health import OutOfMemory
 from e2lora.worker import Resident, serve
 from tests.conftest import ROOT
 from tests.kinds import made_up_profile
@@ -204,14 +205,16 @@ def test_fifty_trials_in_one_process_end_as_each_of_them_must(
 
 @pytest.mark.slow
 def test_memory_is_flat_after_the_first_trials(stressed: tuple[Path, dict[str, Any]]) -> None:
-    """What tensors hold, exactly; resident memory, up to what an allocator keeps."""
+    """What tensors hold, exactly; what else the process does, up to what an allocator keeps."""
     _, told = stressed
     _, *after = told["memory"]
     assert len(after) == NUM_TRIALS
-    resident, tensors = zip(*after, strict=True)
-    seen = len(SYSTEMS)
-    assert max(tensors[seen:]) <= max(tensors[:seen]) + MIB
-    assert max(resident[2 * seen :]) <= max(resident[: 2 * seen]) + 32 * MIB
+    seen = 2 * len(SYSTEMS)  # by then every system was on each of the two models
+    tensors = [held for _, held in after]
+    assert set(tensors[seen:]) <= set(tensors[:seen])
+    others = [resident - held for resident, held in after]
+    first, then = others[len(SYSTEMS) : seen], others[seen:]
+    assert median(then) <= median(first) + 24 * MIB
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ from e2lora.plan import build_plan
 from e2lora.records import TrialFolder
 from e2lora.tasks import TrialData, load_task
 from e2lora.tasks.scores import RowScore
-from e2lora.train import Reports, run_trial
+from e2lora.training import Reports, run_trial
 from tests.conftest import data_folder, model_folder
 
 COLOURS = ("red", "blue", "green", "grey")

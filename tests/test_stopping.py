@@ -6,7 +6,7 @@ import pytest
 
 from e2lora.config import EarlyStopping
 from e2lora.records import Evaluation
-from e2lora.stopping import best_of, is_over, require_metric
+from e2lora.training.stopping import best_of, is_over, require_metric
 
 LOSS = EarlyStopping(metric="loss", patience=2)
 ACCURACY = EarlyStopping(metric="accuracy", direction="maximize", patience=2, min_delta=0.05)

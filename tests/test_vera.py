@@ -20,7 +20,7 @@ from e2lora.config import AdapterConfig, ExplicitGroup, PlanConfig
 from e2lora.models import Base
 from e2lora.records import TrialFolder
 from e2lora.tasks import TrialData
-from e2lora.train import Reports, run_trial
+from e2lora.training import Reports, run_trial
 from tests.kinds import KINDS, Adapted, R, fill, loss_of, make_base, make_plan, output_of
 from tests.small import small_trial
 from tests.test_train import load_small, plain_losses, plan_of, with_training

@@ -20,12 +20,10 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from e2lora.activations import activation_checkpointed
 from e2lora.adapters import FAMILIES, adapt, trainable_parameters
 from e2lora.adapters.family import DEFAULT_NAME
 from e2lora.adapters.storage import save_adapter
 from e2lora.config import AdapterConfig, ModelConfig, TrainConfig
-from e2lora.engine import Engine, learning_rate_factor
 from e2lora.evaluate import evaluate
 from e2lora.gathering import gathered_as_needed
 from e2lora.gradients import Microbatch, Round, measure_gradients
@@ -35,6 +33,8 @@ from e2lora.partitioned import Partitioning
 from e2lora.plan import SharingPlan
 from e2lora.targets import find_targets
 from e2lora.tasks.scores import RowScore
+from e2lora.training.activations import activation_checkpointed
+from e2lora.training.engine import Engine, learning_rate_factor
 from tests.kinds import KINDS, SHARINGS, made_up_gradients, make_base, make_plan
 
 ROOT = Path(__file__).resolve().parents[1]

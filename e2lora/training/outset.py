@@ -13,22 +13,28 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from e2lora.activations import require_checkpointable
 from e2lora.adapters import FAMILIES, adapt, require_possible_trial, trainable_parameters
 from e2lora.adapters.family import DEFAULT_NAME
-from e2lora.checkpoint import TrainState, load_checkpoint
 from e2lora.config import TrainConfig, TrialConfig
 from e2lora.data import Batches, require_packs
 from e2lora.gathering import gathered_as_needed
-from e2lora.health import digest_of, require_agreement, require_rows
-from e2lora.microbatch import CpuMemory, GpuMemory, Memory, find_accumulation, forward_and_backward
 from e2lora.models import Base, reset_head
 from e2lora.partitioned import is_partitioned, numel_of
 from e2lora.plan import SharingPlan
 from e2lora.profile import measure_group_gradients
-from e2lora.stopping import require_metric
 from e2lora.tasks import TrialData
 from e2lora.tasks.packing import attends_flat
+from e2lora.training.activations import require_checkpointable
+from e2lora.training.checkpoint import TrainState, load_checkpoint
+from e2lora.training.health import digest_of, require_agreement, require_rows
+from e2lora.training.microbatch import (
+    CpuMemory,
+    GpuMemory,
+    Memory,
+    find_accumulation,
+    forward_and_backward,
+)
+from e2lora.training.stopping import require_metric
 
 CHECKPOINT_TRIES = 30  # one a second
 BYTES_PER_TRAINED = 16  # float32 master, gradient, and two moments

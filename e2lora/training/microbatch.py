@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from e2lora.health import OutOfMemory, is_out_of_memory
+from e2lora.training.health import OutOfMemory, is_out_of_memory
 
 Run = Callable[[int], None]
 """Forward and backward of so many of the longest rows, without a step of the optimizer."""

@@ -15,20 +15,24 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from e2lora.activations import activation_checkpointed
 from e2lora.adapters import FAMILIES, count_parameters
 from e2lora.adapters.family import DEFAULT_NAME
 from e2lora.adapters.storage import save_adapter
-from e2lora.checkpoint import TrainState, load_checkpoint, save_checkpoint
-from e2lora.compiling import compiled
 from e2lora.config import TrialConfig, fingerprint_of
 from e2lora.data import Batches, StepBatch
-from e2lora.engine import Engine, learning_rate_factor
 from e2lora.evaluate import evaluate
-from e2lora.health import explained_memory, require_finite
-from e2lora.meter import Meter
 from e2lora.models import Base
-from e2lora.outset import (
+from e2lora.plan import SharingPlan
+from e2lora.records import Evaluation, TrialFolder
+from e2lora.tasks import TrialData
+from e2lora.tasks.packing import attends_flat
+from e2lora.training.activations import activation_checkpointed
+from e2lora.training.checkpoint import TrainState, load_checkpoint, save_checkpoint
+from e2lora.training.compiling import compiled
+from e2lora.training.engine import Engine, learning_rate_factor
+from e2lora.training.health import explained_memory, require_finite
+from e2lora.training.meter import Meter
+from e2lora.training.outset import (
     adapt_base,
     agreed_checkpoint,
     below,
@@ -36,11 +40,7 @@ from e2lora.outset import (
     require_trainable,
     with_cut_batches,
 )
-from e2lora.plan import SharingPlan
-from e2lora.records import Evaluation, TrialFolder
-from e2lora.stopping import best_of, is_over
-from e2lora.tasks import TrialData
-from e2lora.tasks.packing import attends_flat
+from e2lora.training.stopping import best_of, is_over
 
 
 class TrialStopped(Exception):
