@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from e2lora.models import wrapped_modules
 from e2lora.moments import Target
 from e2lora.partitioned import shape_of
+from e2lora.weights import wrapped_modules
 
 
 def find_targets(model: nn.Module, target_modules: Sequence[str] | str) -> tuple[Target, ...]:

@@ -24,7 +24,7 @@ from e2lora.adapters import FAMILIES
 from e2lora.broker import Attempt
 from e2lora.config import AdapterConfig, GroupSpec, TrialConfig
 from e2lora.device import require_device_can
-from e2lora.models import Base, load_base, own_weights, weights_fingerprint, wrapped_modules
+from e2lora.models import Base, load_base
 from e2lora.partitioned import Partitioning, bytes_held, move
 from e2lora.profile import measure_profile
 from e2lora.profile_cache import ProfileCache
@@ -33,6 +33,7 @@ from e2lora.tasks import Task, TrialData, load_task
 from e2lora.tokens import tokenised
 from e2lora.training import History, Reports, TrialStopped, run_trial
 from e2lora.training.health import OutOfMemory
+from e2lora.weights import own_weights, weights_fingerprint, wrapped_modules
 
 SIGN_OF_LIFE_SECONDS = 1.0
 PREEMPTION_LOOK_SECONDS = 5.0

@@ -31,10 +31,11 @@ from transformers import (
 from e2lora.adapters import FAMILIES, adapt, trainable_parameters
 from e2lora.adapters.storage import save_adapter
 from e2lora.config import AdapterConfig, PlanConfig
-from e2lora.models import Base, reset_head, weights_fingerprint
+from e2lora.models import Base, reset_head
 from e2lora.moments import Target
 from e2lora.plan import SharingPlan, build_plan
 from e2lora.targets import find_targets
+from e2lora.weights import weights_fingerprint
 from tests.made_up import make_profile
 
 R, ALPHA = 4, 12.0

@@ -19,8 +19,9 @@ from transformers import (
 from e2lora.adapters import adapt, count_parameters
 from e2lora.adapters.storage import load_adapter, save_adapter
 from e2lora.config import AdapterConfig, ModelConfig
-from e2lora.models import Base, load_base, reset_head, weights_fingerprint
+from e2lora.models import Base, load_base, reset_head
 from e2lora.plan import SharingPlan
+from e2lora.weights import weights_fingerprint
 from tests.cases import SLICING, require_near, sharers
 from tests.conftest import model_folder
 from tests.kinds import (

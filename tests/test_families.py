@@ -30,9 +30,10 @@ from e2lora.adapters import (
 from e2lora.adapters.export import FORMS, export_adapter
 from e2lora.adapters.storage import load_adapter
 from e2lora.config import AdapterConfig, PlanConfig, TrainConfig
-from e2lora.models import Base, reset_head, weights_fingerprint
+from e2lora.models import Base, reset_head
 from e2lora.plan import build_plan
 from e2lora.targets import find_targets, is_transposed
+from e2lora.weights import weights_fingerprint
 from tests.cases import (
     CASES,
     FORMULAS,

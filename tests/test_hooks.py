@@ -26,11 +26,12 @@ from e2lora.adapters.lori import Lori
 from e2lora.adapters.tensors import MaskedLinear
 from e2lora.config import AdapterConfig, TrainConfig, TrialConfig
 from e2lora.data import step_rows
-from e2lora.models import Base, reset_head, weights_fingerprint
+from e2lora.models import Base, reset_head
 from e2lora.records import TrialFolder
 from e2lora.tasks import TrialData
 from e2lora.training import Reports, run_trial
 from e2lora.training.engine import Engine, learning_rate_factor
+from e2lora.weights import weights_fingerprint
 from tests.kinds import Adapted, loss_of, make_base
 from tests.small import small_trial
 from tests.test_train import load_small, plan_of, train_until, with_training

@@ -43,6 +43,7 @@ ROOMS = (
     "quantized",
     "device",
     "attention",
+    "weights",
     "models",
     "targets",
     "gradients.sums",

@@ -18,13 +18,14 @@ from e2lora.config import (
     TrainConfig,
     TrialConfig,
 )
-from e2lora.models import Base, load_base, weights_fingerprint
+from e2lora.models import Base, load_base
 from e2lora.plan import build_plan
 from e2lora.records import Evaluation, TrialFolder
 from e2lora.targets import find_targets
 from e2lora.tasks import TrialData
 from e2lora.training import Reports, TrainedTrial, TrialStopped, run_trial
 from e2lora.training.health import OutOfMemory
+from e2lora.weights import weights_fingerprint
 from tests.small import small_trial
 from tests.test_sft import ROWS, task_of, tiny_llama
 from tests.test_train import load_small, with_training

@@ -22,13 +22,14 @@ from e2lora.adapters.storage import load_adapter
 from e2lora.config import AdapterConfig, CalibrationConfig, PlanConfig, TrialConfig
 from e2lora.config.adapter import LoraGaOptions
 from e2lora.gradients.whole import sum_gradients
-from e2lora.models import Base, load_base, weights_fingerprint
+from e2lora.models import Base, load_base
 from e2lora.plan import SharingPlan, build_plan
 from e2lora.profile import measure_group_gradients, measure_profile
 from e2lora.records import TrialFolder
 from e2lora.targets import find_targets
 from e2lora.tasks import TrialData, load_task
 from e2lora.training import Reports, TrialStopped, run_trial
+from e2lora.weights import weights_fingerprint
 from tests.kinds import (
     KINDS,
     Adapted,

@@ -32,10 +32,10 @@ from e2lora.models import (
     load_tokenizer,
     require_weights,
     reset_head,
-    weights_fingerprint,
 )
 from e2lora.plan import build_plan
 from e2lora.targets import find_targets
+from e2lora.weights import weights_fingerprint
 from tests.conftest import model_folder
 
 SMALL = {

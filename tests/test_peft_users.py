@@ -15,8 +15,8 @@ from torch import Tensor
 import e2lora
 from e2lora.adapters import count_adapter_parameters, trainable_parameters
 from e2lora.config import LoriOptions
-from e2lora.models import weights_fingerprint
 from e2lora.targets import find_targets
+from e2lora.weights import weights_fingerprint
 from tests.kinds import KINDS, Adapted, make_base, output_of
 
 LORA_KIN = ("lora", "dora", "lora_fa", "lori")

@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 
 import e2lora
 from e2lora.config import CalibrationConfig, TrialConfig
-from e2lora.models import Base, load_base, weights_fingerprint
+from e2lora.models import Base, load_base
 from e2lora.moments import GradientProfile
 from e2lora.profile import calibration_rounds, maths_version, measure_profile
 from e2lora.profile_cache import ProfileCache
 from e2lora.tasks import TrialData, load_task
+from e2lora.weights import weights_fingerprint
 from tests.small import small_trial
 
 

@@ -30,12 +30,13 @@ from e2lora.adapters.export import export_adapter
 from e2lora.adapters.record import loading_lines
 from e2lora.adapters.storage import load_adapter, read_folder, save_adapter
 from e2lora.config import AdapterConfig, ModelConfig, TrainConfig, TrialConfig
-from e2lora.models import Base, load_base, load_model, reset_head, weights_fingerprint
+from e2lora.models import Base, load_base, load_model, reset_head
 from e2lora.partitioned import Partitioning, is_partitioned
 from e2lora.profile import measure_profile
 from e2lora.quantized import is_quantised, require_bitsandbytes
 from e2lora.tasks import TrialData, load_task
 from e2lora.training.engine import Engine
+from e2lora.weights import weights_fingerprint
 from tests.conftest import needs_package
 from tests.kinds import KINDS, SHARINGS, SMALL, fill, loss_of, make_plan, output_of
 from tests.small import MODEL, small_trial

@@ -22,13 +22,14 @@ from e2lora.config import (
     TrialConfig,
 )
 from e2lora.evaluate import evaluate
-from e2lora.models import Base, load_base, load_structure, weights_fingerprint
+from e2lora.models import Base, load_base, load_structure
 from e2lora.moments import Target
 from e2lora.plan import build_plan
 from e2lora.records import TrialFolder
 from e2lora.tasks import TrialData, load_task
 from e2lora.tasks.scores import RowScore
 from e2lora.training import Reports, run_trial
+from e2lora.weights import weights_fingerprint
 from tests.conftest import data_folder, model_folder
 
 COLOURS = ("red", "blue", "green", "grey")

@@ -19,8 +19,8 @@ from e2lora.adapters.adalora import set_kept_ranks
 from e2lora.adapters.storage import read_folder, save_adapter
 from e2lora.adapters.tensors import MaskedLinear
 from e2lora.config import ModelConfig, TextClassificationConfig, TrainConfig, TrialConfig
-from e2lora.models import weights_fingerprint
 from e2lora.records import Evaluation
+from e2lora.weights import weights_fingerprint
 from tests.kinds import KINDS, SHARINGS, Adapted, fill, make_base, output_of
 
 

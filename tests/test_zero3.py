@@ -15,11 +15,12 @@ from torch.nn.functional import linear
 from e2lora.adapters import FAMILIES, count_parameters
 from e2lora.config import AdapterConfig
 from e2lora.evaluate import evaluate
-from e2lora.models import reset_head, weights_fingerprint
+from e2lora.models import reset_head
 from e2lora.partitioned import is_partitioned
 from e2lora.targets import find_targets
 from e2lora.training.activations import activation_checkpointed, require_checkpointable
 from e2lora.training.engine import Engine
+from e2lora.weights import weights_fingerprint
 from tests import zero3
 from tests.kinds import KINDS
 from tests.toy import by_autograd

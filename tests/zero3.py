@@ -28,13 +28,14 @@ from e2lora.evaluate import evaluate
 from e2lora.gathering import gathered_as_needed
 from e2lora.gradients import Microbatch, Round, measure_gradients
 from e2lora.gradients.whole import sum_gradients
-from e2lora.models import Base, in_float32, load_model, reset_head, weights_fingerprint
+from e2lora.models import Base, in_float32, load_model, reset_head
 from e2lora.partitioned import Partitioning
 from e2lora.plan import SharingPlan
 from e2lora.targets import find_targets
 from e2lora.tasks.scores import RowScore
 from e2lora.training.activations import activation_checkpointed
 from e2lora.training.engine import Engine, learning_rate_factor
+from e2lora.weights import weights_fingerprint
 from tests.kinds import KINDS, SHARINGS, made_up_gradients, make_base, make_plan
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -18,11 +18,11 @@ from e2lora.adapters.lori import Lori
 from e2lora.adapters.randlora import RandLora
 from e2lora.adapters.vera import Vera
 from e2lora.config import AdapterConfig, PlanConfig, TrialConfig, system_name
-from e2lora.models import dtype_of, weights_fingerprint
 from e2lora.partitioned import known_to_peft, numel_of
 from e2lora.plan import SharingPlan, require_plan_fits
 from e2lora.quantized import require_can_train_quantised
 from e2lora.targets import find_targets
+from e2lora.weights import dtype_of, weights_fingerprint
 
 FAMILIES: dict[str, Family] = {
     family.key: family

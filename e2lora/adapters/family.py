@@ -10,10 +10,10 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from e2lora.config import FAMILY_NAMES, AdapterConfig, PlanConfig, TrainConfig, TrialConfig
-from e2lora.models import wrapped_modules
 from e2lora.moments import Target
 from e2lora.plan import SharingPlan
 from e2lora.targets import is_transposed
+from e2lora.weights import wrapped_modules
 
 DEFAULT_NAME = "default"
 

@@ -14,8 +14,8 @@ from e2lora.adapters import FAMILIES
 from e2lora.adapters.family import DEFAULT_NAME, Factors, layers_of
 from e2lora.adapters.record import AdapterRecord, BaseRecord
 from e2lora.adapters.tensors import write_tensors
-from e2lora.models import wrapped_modules
 from e2lora.plan import SharingPlan
+from e2lora.weights import wrapped_modules
 
 VLLM_RANKS = (16, 32, 64, 128, 256, 320, 512)  # that --max-lora-rank takes; 16 is its default
 ADAPTER_FILE = "adapter_model.safetensors"

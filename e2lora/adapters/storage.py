@@ -37,11 +37,12 @@ from e2lora.adapters.full import FullyTrained
 from e2lora.adapters.record import VERSION, AdapterRecord, BaseRecord, Count, adapter_card
 from e2lora.adapters.tensors import write_tensors
 from e2lora.config import AdapterConfig, ModelConfig, TrialConfig, in_one_paragraph
-from e2lora.models import Base, dtype_of
+from e2lora.models import Base
 from e2lora.partitioned import gathered, shape_of
 from e2lora.plan import SharingPlan
 from e2lora.quantized import keep_as_stored, quantisation_of
 from e2lora.records import Evaluation, write_json, write_text
+from e2lora.weights import dtype_of
 
 WEIGHTS, RECORD, PLAN, CARD = "adapter.safetensors", "e2lora.json", "plan.json", "README.md"
 INITIAL = "initial/"
