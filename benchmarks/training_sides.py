@@ -125,8 +125,8 @@ def load(setup: Setup) -> Material:
 
     from e2lora.config import GroupSpec, TrialConfig
     from e2lora.plan import build_plan
+    from e2lora.resident import Resident
     from e2lora.targets import find_targets
-    from e2lora.worker import Resident
 
     tree = {
         "model": {"name": setup.model},

@@ -278,8 +278,8 @@ def train_alone(payload: dict[str, str]) -> None:
 
     from e2lora.config import GroupSpec, TrialConfig
     from e2lora.records import TrialFolder
+    from e2lora.resident import Resident
     from e2lora.training import Reports, run_trial
-    from e2lora.worker import Resident
 
     config = TrialConfig.model_validate_json(payload["config"])
     resident = Resident(GroupSpec.of(config.training), torch.device("cpu"))

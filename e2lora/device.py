@@ -10,6 +10,9 @@ from e2lora.config import ModelConfig, TrainConfig
 from e2lora.partitioned import import_deepspeed
 from e2lora.quantized import require_bitsandbytes
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""By precision: of base weights, and of what is computed."""
+
 FIRST_WITH_BF16 = 8  # compute capability: Ampere; older GPUs emulate it
 
 

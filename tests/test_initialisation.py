@@ -20,10 +20,10 @@ from e2lora.config import ExplicitGroup, GroupSpec, TrialConfig
 from e2lora.models import Base
 from e2lora.plan import build_plan
 from e2lora.records import TrialFolder
+from e2lora.resident import Resident
 from e2lora.targets import find_targets, is_transposed
 from e2lora.training import Reports, TrialStopped, run_trial
 from e2lora.weights import weights_fingerprint
-from e2lora.worker import Resident
 from tests.kinds import (
     ALPHA,
     KINDS,

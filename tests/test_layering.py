@@ -98,6 +98,7 @@ ROOMS = (
     "tables",
     "planning.tables",
     "report",
+    "resident",
     "worker",
     "cluster",
     "recording",

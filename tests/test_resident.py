@@ -22,12 +22,13 @@ from e2lora.models import load_structure
 from e2lora.partitioned import bytes_held
 from e2lora.plan import build_plan
 from e2lora.records import TrialFolder, write_json
+from e2lora.resident import Resident
 from e2lora.targets import find_targets
 from e2lora.tasks import load_task
 from e2lora.training import Reports, TrialStopped, run_trial
 from e2lora.training.health import OutOfMemory
 from e2lora.weights import own_weights, wrapped_modules
-from e2lora.worker import Resident, serve
+from e2lora.worker import serve
 from tests.conftest import ROOT
 from tests.kinds import made_up_profile
 from tests.small import MODEL, small_trial

@@ -462,6 +462,24 @@ def test_store_that_does_not_answer_is_an_error_before_the_study(
     assert "\n" not in message
 
 
+def test_database_whose_making_is_interrupted_is_no_database(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file with some of MLflow's tables would be refused by every later command."""
+    folder, record = make_study(tmp_path)
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+
+    def interrupt(engine: Any) -> None:  # the tables are made, not yet brought up to date
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("mlflow.store.db.utils._upgrade_db", interrupt)
+        Tracker(uri, folder, record)
+    assert not [file.name for file in tmp_path.iterdir() if "mlflow" in file.name]
+    Tracker(uri, folder, record)
+    assert [file.name for file in tmp_path.iterdir() if "mlflow" in file.name] == ["mlflow.db"]
+
+
 def test_tracking_uri_is_the_users_or_lies_where_it_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

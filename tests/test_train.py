@@ -24,12 +24,12 @@ from e2lora.models import Base, load_base, reset_head
 from e2lora.plan import SharingPlan, build_plan
 from e2lora.profile import measure_profile
 from e2lora.records import TrialFolder, write_json
+from e2lora.resident import Resident
 from e2lora.targets import find_targets
 from e2lora.tasks import TrialData, load_task
 from e2lora.training import Reports, TrialStopped, run_trial
 from e2lora.training.engine import learning_rate_factor
 from e2lora.weights import weights_fingerprint
-from e2lora.worker import Resident
 from tests.small import small_trial
 
 EVERYTHING_PARTITIONED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}

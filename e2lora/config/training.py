@@ -19,6 +19,15 @@ class EarlyStopping(Frozen):
     patience: int = Field(default=3, gt=0)
     min_delta: float = Field(default=0.0, ge=0, description="what is less is no improvement")
 
+    @model_validator(mode="after")
+    def _say_which_way_is_better(self) -> EarlyStopping:
+        if self.metric != "loss" and "direction" not in self.model_fields_set:
+            raise ValueError(
+                "`early_stopping` must say which way a metric other than the loss is better; got "
+                f"metric={self.metric!r} alone. Add `direction`: 'minimize' or 'maximize'."
+            )
+        return self
+
     def is_better(self, value: float, best: float) -> bool:
         """
         >>> EarlyStopping(min_delta=0.1).is_better(0.85, best=1.0)

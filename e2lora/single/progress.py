@@ -10,6 +10,7 @@ from e2lora.broker import Running
 from e2lora.pool import Pool
 from e2lora.records import Evaluation, TrialFolder
 from e2lora.text_table import text_table
+from e2lora.training.stopping import best_of, is_over
 
 PULSE_SECONDS = 10.0
 LOOK_SECONDS = 1.0  # so that an attempt is seen from its beginning
@@ -106,6 +107,11 @@ def summary(folder: TrialFolder) -> str:
     ]
     if rate := tokens_per_second(folder.steps()):
         facts.append(["tokens/s", f"{rate:,.0f}"])
+    if stopping := folder.config().training.early_stopping:
+        best = best_of(evaluations, stopping)
+        told = f"{stopping.metric} was best after {best.step} steps, whose weights are kept"
+        over = f"; ended after {last_step}" if is_over(evaluations, stopping) else ""
+        facts.append(["early stopping", told + over])
     facts += [["folder", str(folder.path)], ["adapter", str(folder.adapter)]]
     width = max(len(name) for name, _ in facts)
     lines = [f"{name:<{width}}  {value}" for name, value in facts]

@@ -11,7 +11,9 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -20,6 +22,7 @@ from e2lora.tracking.contents import ERROR_TAG, NOTE_TAG, RESULT_TAG, Contents
 if TYPE_CHECKING:  # importing mlflow costs more than a second
     from mlflow import MlflowClient
     from mlflow.entities import Run
+    from sqlalchemy import URL
 
 EXPERIMENT = "e2lora"
 DEFAULTS = {
@@ -186,9 +189,31 @@ def _make_client(tracking_uri: str) -> MlflowClient:
     retries = logging.getLogger("urllib3.connectionpool")
     retries.addFilter(lambda record: "/api/2.0/mlflow" not in record.getMessage())
     if _is_database(tracking_uri):
+        _make_whole(sqlalchemy.make_url(tracking_uri))
         # MLflow tries a database that can't be opened ten times, for 100 s: try it once before.
         sqlalchemy.inspect(sqlalchemy.create_engine(tracking_uri)).get_table_names()
     return MlflowClient(tracking_uri=tracking_uri)
+
+
+def _make_whole(url: URL) -> None:
+    """Give a new SQLite file its tables before it gets its name.
+
+    MLflow makes them one by one, and refuses for ever a file whose making was interrupted, or that
+    two processes made at once.
+    """
+    from mlflow import MlflowClient
+
+    name = url.database or ":memory:"
+    if url.get_backend_name() != "sqlite" or name == ":memory:" or name.startswith("file:"):
+        return
+    file = Path(name)
+    if file.exists() or not file.parent.is_dir():
+        return
+    with TemporaryDirectory(prefix=".mlflow-", dir=file.parent) as folder:
+        made = Path(folder) / file.name
+        MlflowClient(url.set(database=str(made)).render_as_string(False)).search_experiments()
+        with suppress(OSError):  # another process was faster; or no links here: made in place
+            os.link(made, file)
 
 
 def _is_database(uri: str) -> bool:

@@ -17,11 +17,11 @@ from torch import Tensor
 from e2lora.adapters import FAMILIES, is_head, trainable_parameters
 from e2lora.adapters.family import Handle
 from e2lora.config import AdapterConfig, TrainConfig
+from e2lora.device import DTYPES
 from e2lora.gathering import frugal_linears, leave
 from e2lora.partitioned import gathered, import_deepspeed, is_part, is_partitioned, numel_of
 from e2lora.training.states import MOMENTS, STATES
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LARGEST_BUCKET = 500_000_000  # entries; DeepSpeed's default
 LOSS_SCALE = "loss_scale/"
 SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
