@@ -27,11 +27,15 @@ from typing import Any
 from training_sides import BARE, OURS, SIDES, TRAINER, Round, Setup, Told, run_side
 
 ROOT = Path(__file__).resolve().parents[1]
-WARMUP_STEPS = 3
 SETTINGS: dict[str, dict[str, Any]] = {
     "encoder": {
         "model": "demo:minilm-l6",
-        "task": {"kind": "text_classification", "data": "demo:vader", "max_length": 128},
+        "task": {
+            "kind": "text_classification",
+            "data": "demo:vader",
+            "max_length": 128,
+            "validation_size": 64,
+        },
         "targets": ["query", "value"],
         "batch_size": 16,
     },
@@ -43,6 +47,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
             "prompt_column": "question",
             "answer_column": "answer",
             "max_length": 512,
+            "validation_size": 64,
         },
         "targets": ["q_proj", "k_proj", "v_proj", "o_proj"],
         "batch_size": 8,
@@ -58,7 +63,7 @@ def main() -> int:
 
     names = [OURS, *(name for name in options.sides if name != OURS)]
     with tempfile.TemporaryDirectory() as folder:
-        rounds, told = compete(names, setup_of(options, folder), options.rounds, options.steps)
+        rounds, told = compete(names, setup_of(options, folder), options)
     print(text_table(*table(rounds, told[OURS].mfu), right=range(1, 9)))
     for name, aim in AIMS.items():
         if name in rounds:
@@ -81,6 +86,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20, help="of each side in a round")
+    parser.add_argument("--warmup", type=int, default=3, help="steps before the first round")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
@@ -100,7 +106,7 @@ def setup_of(options: argparse.Namespace, folder: str) -> Setup:
         task=task,
         targets=setting["targets"],
         batch_size=options.batch_size or setting["batch_size"],
-        num_steps=WARMUP_STEPS + options.rounds * options.steps,
+        num_steps=options.warmup + options.rounds * options.steps,
         device=options.device,
         precision=options.precision,
         threads=options.threads,
@@ -109,7 +115,7 @@ def setup_of(options: argparse.Namespace, folder: str) -> Setup:
 
 
 def compete(
-    names: Sequence[str], setup: Setup, num_rounds: int, num_steps: int
+    names: Sequence[str], setup: Setup, options: argparse.Namespace
 ) -> tuple[dict[str, list[Round]], dict[str, Told]]:
     """The rounds of each side, and what it says at the end. Each round begins with another side."""
     os.environ["OMP_NUM_THREADS"] = str(setup.threads)
@@ -121,11 +127,11 @@ def compete(
         theirs.close()
     rounds: dict[str, list[Round]] = {name: [] for name in names}
     for name in names:
-        _turn(pipes[name], name, WARMUP_STEPS)
-    for number in range(num_rounds):
+        _turn(pipes[name], name, options.warmup)
+    for number in range(options.rounds):
         first = number % len(names)
         for name in (*names[first:], *names[:first]):
-            rounds[name].append(_turn(pipes[name], name, num_steps))
+            rounds[name].append(_turn(pipes[name], name, options.steps))
             took = rounds[name][-1]
             print(f"round {number + 1}: {name} {took.seconds:.1f} s", file=sys.stderr)
     return rounds, {name: _turn(pipes[name], name, 0) for name in names}

@@ -378,11 +378,17 @@ def one_worker(setup: Setup) -> Iterator[None]:
     torch.distributed.destroy_process_group()
 
 
-def run_side(name: str, setup: Setup, pipe: Connection) -> None:
+def run_side(side: str, setup: Setup, pipe: Connection) -> None:
     """The whole life of a side's process: its results go through ``pipe``, its losses last."""
+    for name in (
+        "RANK",
+        "LOCAL_RANK",
+        "WORLD_SIZE",
+    ):  # the Trainer would take them for a launcher's
+        os.environ.pop(name, None)
     os.dup2(2, 1)  # what libraries print is not the benchmark's result
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     import torch
 
     torch.set_num_threads(setup.threads)
-    pipe.send(SIDES[name](setup, Turns(pipe, setup.device)))
+    pipe.send(SIDES[side](setup, Turns(pipe, setup.device)))

@@ -296,10 +296,10 @@ _spans: list[Span] = []
 
 def measure_worker() -> None:
     """Ray calls this in each process that it starts: from now on the parts of trials are timed."""
-    from e2lora import training, worker
+    from e2lora import resident, training, worker
 
     for owner, name, label in (
-        (worker.Resident, "load", "load"),
+        (resident.Resident, "load", "load"),
         (worker, "run_trial", "trial"),
         (training, "run_trial", "trial"),
         (training._Run, "_train_step", "step"),
@@ -307,17 +307,17 @@ def measure_worker() -> None:
         (training, "evaluate", "evaluate"),
         (training, "save_checkpoint", "save_checkpoint"),
         (training, "save_adapter", "save_adapter"),
-        (worker.Resident, "drop_changed_base", "check"),
+        (resident.Resident, "drop_changed_base", "check"),
     ):
         setattr(owner, name, _timed(getattr(owner, name), label))
-    checked = worker.Resident.drop_changed_base
+    checked = resident.Resident.drop_changed_base
 
     @wraps(checked)
     def check_and_tell(self: Any) -> None:
         checked(self)
         _write_spans()
 
-    worker.Resident.drop_changed_base = check_and_tell  # type: ignore[method-assign]
+    resident.Resident.drop_changed_base = check_and_tell  # type: ignore[method-assign]
 
 
 def _timed(function: Callable[..., Any], label: str) -> Callable[..., Any]:

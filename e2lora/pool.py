@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import queue
+import sys
 import threading
 import time
 import uuid
@@ -23,6 +24,7 @@ from e2lora.cluster import HEAD, slots
 from e2lora.config import GroupSpec
 
 WAIT_SECONDS = 5.0
+PATIENCE_IN_CLOSING = 30.0  # seconds for workers that are in the middle of something
 
 
 class BrokerActor:
@@ -144,11 +146,17 @@ class Pool:
     def __exit__(self, *exc: object) -> None:
         import ray
 
+        if exc[0] is KeyboardInterrupt:
+            print(
+                f"stopping the workers: {PATIENCE_IN_CLOSING:.0f} s at most, Ctrl-C again: at once",
+                file=sys.stderr,
+                flush=True,
+            )
         self._closing.set()
         self._manager.join()
         with suppress(ray.exceptions.RayActorError):  # a dead broker isn't what is told
             ray.get(self.broker.close.remote())
-        deadline = time.monotonic() + (30.0 if self.error is None else 0.0)
+        deadline = time.monotonic() + (PATIENCE_IN_CLOSING if self.error is None else 0.0)
         for group in self._groups.values():
             group.thread.join(max(0.0, deadline - time.monotonic()))
         ray.kill(self.broker)

@@ -23,6 +23,7 @@ from e2lora.pool import Pool
 from e2lora.targets import find_targets
 from e2lora.tasks import Task, load_task, require_can_pack
 from e2lora.training.activations import require_checkpointable
+from e2lora.training.engine import require_known_to_deepspeed
 from e2lora.training.stopping import require_metric
 
 
@@ -80,6 +81,7 @@ class Plans:
         if training.packing:
             require_can_pack(config.task)
         require_metric(training.early_stopping, task.metric_names)
+        require_known_to_deepspeed(training)
         family = FAMILIES[config.adapter.family]
         if config.plan.needs_profile or family.needs_gradients:
             calibration_rows(

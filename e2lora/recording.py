@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
+
 from e2lora.broker import Update
 from e2lora.records import Evaluation, TrialFolder, TrialResult, write_json, write_text
 
@@ -13,7 +16,7 @@ def record(folder: TrialFolder, number: int, update: Update) -> None:
         lines = [evaluation.model_dump_json() + "\n" for evaluation in evaluations]
         write_text(folder.metrics_file, "".join(lines))
         write_json(folder.outcomes_file, update.outcomes)
-        write_json(folder.steps_file, update.history)
+        write_json(folder.steps_file, _finite(update.history))
     if update.ended:
         result = update.result or {}
         write_json(
@@ -27,5 +30,14 @@ def record(folder: TrialFolder, number: int, update: Update) -> None:
                 seconds=result.get("seconds", 0.0),
                 attempts=update.attempts,
                 error=update.error,
+                gradient_accumulation_steps=result.get("gradient_accumulation_steps"),
             ),
         )
+
+
+def _finite(history: Mapping[str, Sequence[float]]) -> dict[str, list[float | None]]:
+    """JSON knows no other numbers: a step that fp16 skipped has no gradient's norm."""
+    return {
+        name: [value if math.isfinite(value) else None for value in values]
+        for name, values in history.items()
+    }

@@ -18,6 +18,7 @@ STORAGE/STUDY/
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any, Literal
@@ -36,7 +37,7 @@ class Evaluation(Frozen):
 
 
 class TrialResult(Frozen):
-    """How a trial ended. ``metrics`` are those of its last evaluation, empty if it has none."""
+    """How a trial ended. ``metrics`` are of the weights that are kept, empty if it has none."""
 
     number: int
     state: Literal["complete", "failed"]
@@ -46,6 +47,7 @@ class TrialResult(Frozen):
     seconds: float
     attempts: int
     error: str | None = None
+    gradient_accumulation_steps: int | None = None
 
     def value(self, objective: str) -> float:
         """An objective by its name: a metric, or ``adapter_parameters``."""
@@ -105,8 +107,17 @@ class TrialFolder:
         return [Evaluation.model_validate_json(line) for line in lines]
 
     def steps(self) -> dict[str, list[float]]:
-        """What was measured at each step: ``loss``, ``learning_rate``, ``tokens_per_second`` …"""
-        return json.loads(self.steps_file.read_text()) if self.steps_file.exists() else {}
+        """What was measured at each step: ``loss``, ``learning_rate``, ``tokens_per_second`` …
+
+        What wasn't a finite number is NaN.
+        """
+        if not self.steps_file.exists():
+            return {}
+        stored: dict[str, list[float | None]] = json.loads(self.steps_file.read_text())
+        return {
+            name: [math.nan if value is None else value for value in values]
+            for name, values in stored.items()
+        }
 
     def outcomes(self) -> list[float] | None:
         return json.loads(self.outcomes_file.read_text()) if self.outcomes_file.exists() else None

@@ -75,6 +75,11 @@ class Resident:
         self._bases[key] = base
         return base
 
+    def drop_base(self) -> None:
+        """The base used last is loaded anew when it is next wanted."""
+        if self._bases:
+            self._bases.popitem()
+
     def drop_changed_base(self) -> None:
         """Between jobs the base must be as it was loaded; otherwise the next job loads it anew."""
         if not self._bases:

@@ -33,6 +33,7 @@ from e2lora.training.health import OutOfMemory
 
 SIGN_OF_LIFE_SECONDS = 1.0
 PREEMPTION_LOOK_SECONDS = 5.0
+SAVE_AGAIN_SECONDS = 60.0  # while a machine that will be taken away is still there
 
 
 class Link:
@@ -74,7 +75,8 @@ class Link:
 
     def reports(self, token: str) -> Reports:
         """How the trial of this attempt speaks."""
-        wanted, last_sign, last_look, saved = True, 0.0, time.monotonic(), False
+        wanted, last_sign = True, 0.0
+        next_look = time.monotonic() + PREEMPTION_LOOK_SECONDS
 
         def alive(step: int | None = None, measured: dict[str, float] | None = None) -> None:
             nonlocal wanted, last_sign
@@ -84,17 +86,19 @@ class Link:
                 wanted = self.tell("alive", token, step, measured)
 
         def on_step(step: int, measured: dict[str, float]) -> bool:
-            nonlocal last_look, saved
+            nonlocal next_look
             alive(step, measured or None)
-            looks = time.monotonic() - last_look > PREEMPTION_LOOK_SECONDS
-            go_on, looks = self._echo((wanted, looks and not saved))
+            # only a step leaves something to save
+            looks = bool(measured) and time.monotonic() > next_look
+            go_on, looks = self._echo((wanted, looks))
             if not go_on:
                 raise TrialStopped(token)
             if not looks:
                 return False
-            last_look = time.monotonic()
-            saved = self._preempted()
-            return saved
+            noticed = self._preempted()
+            wait = SAVE_AGAIN_SECONDS if noticed else PREEMPTION_LOOK_SECONDS
+            next_look = time.monotonic() + wait
+            return noticed
 
         def on_evaluation(evaluation: Evaluation, outcomes: list[float], history: History) -> None:
             told = (token, evaluation.model_dump(), outcomes, history)
@@ -158,6 +162,7 @@ def run_trial_job(work: Work) -> dict[str, Any]:
     trained = run_trial(work.base, work.data, plan, work.config, folder, work.reports, work.group)
     return {
         "metrics": trained.final.metrics,
+        "gradient_accumulation_steps": trained.accumulation,
         "adapter_parameters": trained.adapter_parameters,
         "head_parameters": trained.head_parameters,
     }
@@ -220,6 +225,8 @@ def serve(
             link.tell("fail" if own else "lose", attempt.token, _explain(error))
             if group or device.type == "cuda":
                 raise
+            if not isinstance(error, FloatingPointError):
+                resident.drop_base()  # what broke half-way may have left something on it
         resident.drop_changed_base()
         done += 1
 

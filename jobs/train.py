@@ -3,7 +3,7 @@
     python jobs/train.py                                   # the quickstart's first point
     python jobs/train.py --set system=E²LoRA r=8 training.max_steps=500
     python jobs/train.py --from-study quickstart --best --workers 2 \\
-        --set training.max_steps=null training.num_epochs=3
+        --set training.num_epochs=3
     python jobs/train.py --trial results/quickstart/trials/00008/trial.json
 
 --set: names without a dot are what the space suggests; names with one are fields of the

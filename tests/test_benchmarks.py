@@ -53,3 +53,49 @@ def test_calibration_size_compares_disjoint_samples(tmp_path: Path) -> None:
     )
     table = out[out.index("rows") :].splitlines()
     assert [line.split()[0] for line in table[-2:]] == ["2", "4"]
+
+
+def difference_of_losses(out: str) -> float:
+    (apart,) = re.findall(r"difference of a step's loss between e2lora and bare loop: (\S+)", out)
+    return float(apart)
+
+
+@pytest.mark.slow
+def test_train_throughput_compares_all_sides_on_a_classifier() -> None:
+    steps = ("--rounds", "2", "--steps", "1", "--warmup", "1", "--threads", "1")
+    out = run("train_throughput", "encoder", *steps)
+    sides = [re.split(r"\s{2,}", line)[0] for line in out.splitlines()[2:8]]
+    assert sides == [
+        "e2lora",
+        "Trainer",
+        "Trainer, grouped",
+        "Trainer, ZeRO-1",
+        "bare loop",
+        "bare, random order",
+    ]
+    assert difference_of_losses(out) < 1e-5
+    assert "e2lora to Trainer: " in out
+
+
+@pytest.mark.slow
+def test_train_throughput_compares_sides_on_a_causal_model(tmp_path: Path) -> None:
+    rows = tmp_path / "train.jsonl"
+    lines = (f'{{"question": "{i} + 1", "answer": "{i + 1}"}}\n' for i in range(200))
+    rows.write_text("".join(lines))
+    model = tiny_llama(tmp_path / "model", tied=True).name
+    out = run(
+        "train_throughput",
+        *("decoder", "--model", model, "--data", str(rows)),
+        *("--sides", "Trainer", "bare loop"),
+        *("--rounds", "1", "--steps", "2", "--warmup", "1", "--threads", "1"),
+    )
+    assert difference_of_losses(out) < 1e-5
+
+
+@pytest.mark.slow
+def test_trial_overhead_compares_a_resident_group_with_a_trainer_per_trial() -> None:
+    out = run("trial_overhead", "--trials", "2", "--own", "1", "--steps", "1")
+    (ours,) = re.findall(r"overhead of a trial on a resident group: (\S+) s", out)
+    (times,) = re.findall(r"TorchTrainer per trial: (\S+) times as much", out)
+    assert float(ours) < 5
+    assert float(times) > 2

@@ -96,6 +96,14 @@ def test_save_that_is_killed_half_way_leaves_the_older_state(
     require_equal(load_checkpoint(tmp_path, "trial a"), state(6))
 
 
+def test_what_a_killed_save_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    left = tmp_path / ".step-000003.12345"
+    left.mkdir()
+    (left / "state.safetensors").write_bytes(b"half")
+    save_checkpoint(tmp_path, state(6))
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000006"]
+
+
 def test_kill_before_the_last_rename_leaves_the_older_state(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

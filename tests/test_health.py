@@ -48,6 +48,7 @@ def test_digest_depends_on_names_shapes_and_every_value() -> None:
     assert len(set(digests)) == len(digests)
     assert digest_of({"a": a.clone()}) == digests[0]
     assert digest_of({"a": a.T.contiguous().T}) == digests[0], "however it lies in memory"
+    assert digest_of({"a": torch.tensor(1.0)}) != digest_of({"a": torch.tensor(2.0)}), "a scalar"
 
 
 def test_split_without_rows_is_refused() -> None:

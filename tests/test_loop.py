@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from e2lora.records import Evaluation, TrialFolder
 from e2lora.targets import find_targets
 from e2lora.tasks import TrialData
 from e2lora.training import Reports, TrainedTrial, TrialStopped, run_trial
+from e2lora.training.checkpoint import load_checkpoint
 from e2lora.training.health import OutOfMemory
 from e2lora.weights import weights_fingerprint
 from tests.small import small_trial
@@ -138,6 +140,33 @@ def test_metric_that_the_task_has_not_is_refused_before_the_first_step(
         train(resident, config, tmp_path / "run")
 
 
+def test_weights_that_the_last_step_has_broken_are_a_failure_and_not_a_score(
+    resident: tuple[Base, TrialData], tmp_path: Path
+) -> None:
+    config = with_training(SMALL, max_steps=1, warmup_steps=0, learning_rate=1e30)
+    with pytest.raises(FloatingPointError, match=r"loss.*nan.*step 1.*Lower the learning rate"):
+        train(resident, config, tmp_path / "run")
+    assert checkpoints(tmp_path / "run") == []
+
+
+def test_best_state_that_the_shared_disk_shows_late_is_waited_for(
+    resident: tuple[Base, TrialData], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = with_training(SMALL, eval_every=2, early_stopping=NOTHING_HELPS)
+    whole = train(resident, config, tmp_path / "whole")
+    hidden = [1, 2]
+
+    def late(folder: Path, identity: str, step: int | None = None) -> Any:
+        if step is not None and hidden:
+            return hidden.pop() and None
+        return load_checkpoint(folder, identity, step)
+
+    monkeypatch.setattr("e2lora.training.outset.load_checkpoint", late)
+    monkeypatch.setattr("e2lora.training.outset.time.sleep", lambda seconds: None)
+    assert train(resident, config, tmp_path / "late").final == whole.final
+    assert not hidden
+
+
 # ---- checkpoints ------------------------------------------------------------------------------
 
 
@@ -154,6 +183,24 @@ def test_notice_of_preemption_saves_the_state_at_once(
     assert checkpoints(tmp_path / "taken") == [3]
     resumed = train(resident, SMALL, tmp_path / "taken")
     assert resumed.losses == train(resident, SMALL, tmp_path / "whole").losses
+
+
+@pytest.mark.parametrize("changed", ["the weights", "the rows"])
+def test_checkpoint_of_other_weights_or_rows_is_not_continued(
+    resident: tuple[Base, TrialData],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    changed: str,
+) -> None:
+    """They may have changed under their names."""
+    base, data = resident
+    train(resident, SMALL, tmp_path / "run")
+    if changed == "the weights":
+        base = replace(base, fingerprint="of others")
+    else:
+        monkeypatch.setattr(type(data.task), "content", lambda self, split: "of others")
+    with pytest.raises(ValueError, match="may only continue the trial that wrote it"):
+        train((base, data), SMALL, tmp_path / "run")
 
 
 def test_as_many_checkpoints_stay_as_are_asked_for(
@@ -193,7 +240,6 @@ def test_batches_are_cut_as_memory_allows_and_the_losses_stay(
     resident: tuple[Base, TrialData],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
     class Narrow:
         limit, tries = 3, True
@@ -205,7 +251,7 @@ def test_batches_are_cut_as_memory_allows_and_the_losses_stay(
     monkeypatch.setattr("e2lora.training.outset._memory", lambda *_: Narrow())
     config = with_training(SMALL, gradient_accumulation_steps="auto")
     found = train(resident, config, tmp_path / "found")
-    assert "microbatches of 2 rows: 4 per step" in capsys.readouterr().out
+    assert found.accumulation == 4, "microbatches of 2 rows"
     told = train(resident, SMALL, tmp_path / "told")
     assert found.losses == pytest.approx(told.losses, abs=2e-5)
 

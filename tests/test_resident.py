@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import subprocess
 import sys
@@ -16,19 +17,20 @@ from typing import Any
 import pytest
 import torch
 
-from e2lora.broker import Attempt, Broker, Job
+from e2lora.broker import Attempt, Broker, Job, Update
 from e2lora.config import AdapterConfig, GroupSpec, PlanConfig, TrialConfig
 from e2lora.models import load_structure
 from e2lora.partitioned import bytes_held
 from e2lora.plan import build_plan
-from e2lora.records import TrialFolder, write_json
+from e2lora.recording import record
+from e2lora.records import Evaluation, TrialFolder, write_json
 from e2lora.resident import Resident
 from e2lora.targets import find_targets
 from e2lora.tasks import load_task
 from e2lora.training import Reports, TrialStopped, run_trial
 from e2lora.training.health import OutOfMemory
 from e2lora.weights import own_weights, wrapped_modules
-from e2lora.worker import serve
+from e2lora.worker import Link, serve
 from tests.conftest import ROOT
 from tests.kinds import made_up_profile
 from tests.small import MODEL, small_trial
@@ -157,7 +159,7 @@ def work(folder: Path, numbers: Sequence[int], out: Path) -> None:
     torch.distributed.init_process_group("gloo", f"file://{out}.group", rank=0, world_size=1)
     jobs = [job_of(folder, number) for number in numbers]
     here = Here(jobs)
-    ray.get = lambda value: value
+    ray.get = lambda value: value  # type: ignore[assignment]
     whole = TextClassification.loss_sum
     short = short_of_memory(whole)
 
@@ -340,6 +342,73 @@ def test_trial_that_ends_badly_leaves_the_base_as_it_was(
     after = train("00002")
     assert after.losses == before.losses
     assert after.final == before.final
+
+
+# ---- what a worker hears ----------------------------------------------------------------------
+
+
+def test_notice_of_preemption_is_heeded_at_a_step_and_not_while_there_is_nothing_to_save(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Loading a model may take minutes, and the notice may come meanwhile."""
+    now = [0.0]
+    monkeypatch.setattr("e2lora.worker.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("ray.get", lambda value: value)
+    job = Job("trial-00001", "trial", GroupSpec.of(small_trial().training), {})
+    here = Here([job])
+    attempt = here.broker.next_attempt("g", here.broker.join("g"), job.spec)
+    assert isinstance(attempt, Attempt)
+    reports = Link(here, None, lambda: True).reports(attempt.token)
+    told = []
+    one = {"loss": 1.0}
+    for step, measured, later in ((0, {}, 60), (1, one, 60), (1, {}, 50), (2, one, 5), (3, one, 9)):
+        now[0] += later
+        told.append(reports.on_step(step, measured))
+    assert told == [False, True, False, False, True], "with a state to save, and once a minute"
+
+
+def test_attempt_that_has_lost_its_trial_stops_at_its_next_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now, signs = [0.0], []
+    monkeypatch.setattr("e2lora.worker.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("ray.get", lambda value: value)
+    job = Job("trial-00001", "trial", GroupSpec.of(small_trial().training), {})
+    here = Here([job])
+    attempt = here.broker.next_attempt("g", here.broker.join("g"), job.spec)
+    assert isinstance(attempt, Attempt)
+    reports = Link(here, None, lambda: False).reports(attempt.token)
+    heard = here.broker.alive
+    monkeypatch.setattr(here.broker, "alive", lambda *told: signs.append(told) or heard(*told))
+    for step in range(1, 41):
+        now[0] += 0.1
+        reports.on_step(step, {"loss": 1.0 / step})
+    assert 3 <= len(signs) <= 4, "one a second, however short the steps are"
+    assert all(measured == {"loss": 1.0 / step} for _, step, measured in signs)
+    here.broker.lose(attempt.token, "its node is gone")
+    now[0] += 2.0
+    with pytest.raises(TrialStopped):
+        reports.on_step(41, {"loss": 0.02})
+    told = Evaluation(step=41, metrics={"loss": 0.02})
+    with pytest.raises(TrialStopped):
+        reports.on_evaluation(told, [1.0], {"loss": [0.02]})
+
+
+def test_what_is_measured_stands_in_the_folder_as_strict_json(tmp_path: Path) -> None:
+    """Of a step that fp16 skips there is no gradient's norm."""
+    history = {"loss": [1.0, 0.5], "grad_norm": [math.nan, 2.0]}
+    evaluation = {"step": 2, "metrics": {"loss": 0.5}}
+    place = TrialFolder(tmp_path / "00001")
+    record(place, 1, Update([evaluation], [1.0], history, None, None, 1))
+
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    json.loads(place.steps_file.read_text(), parse_constant=refuse)
+    steps = place.steps()
+    assert steps["loss"] == history["loss"]
+    assert math.isnan(steps["grad_norm"][0])
+    assert steps["grad_norm"][1] == 2.0
 
 
 if __name__ == "__main__":

@@ -194,6 +194,7 @@ def test_plan_is_kept_unless_what_decides_it_differs(tmp_path: Path) -> None:
         (["training.max_steps=99", "training.learning_rate=0.001"], []),
         (["plan.r=3", "task.validation_size=32", "seed=1"], ["task", "plan", "seed"]),
         (["adapter.family=dora"], ["adapter"]),
+        (["training.precision=bf16"], ["precision"]),
     ):
         assert from_study(folder, 1, parsed(words)).changed_parts == changed
 
@@ -232,6 +233,11 @@ def test_study_without_complete_trials_has_no_best(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="'done' has none"):
         from_study(folder, None, {})
     assert from_study(folder, 3, {}).config.plan.r == 4
+
+
+def test_trial_that_is_no_file_is_refused_with_its_path(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--trial must be .*absent\.json' is no file"):
+        from_file(tmp_path / "absent.json", {})
 
 
 def test_recorded_trial_is_trained_as_it_stands(tmp_path: Path) -> None:
@@ -300,13 +306,31 @@ def ended(folder: TrialFolder) -> TrialFolder:
 
 
 def test_summary_has_first_last_and_kept_metrics_pace_and_places(tmp_path: Path) -> None:
-    lines = summary(ended(TrialFolder(tmp_path / "mine"))).splitlines()
+    run = run_in(tmp_path)
+    write_json(run.folder.config_file, run.choice.config)
+    lines = summary(ended(run.folder)).splitlines()
     cells = [line.split() for line in lines]
     assert cells[0] == ["metric", "step", "3", "step", "6", "kept"]
     assert ["accuracy", "0.75", "0.625", "0.75"] in cells
     assert ["adapter", "parameters", "12,288"] in cells
     assert ["tokens/s", "150"] in cells
     assert ["adapter", str(tmp_path / "mine" / "adapter")] in cells
+
+
+@pytest.mark.parametrize(
+    ("patience", "said"),
+    [
+        (1, "loss was best after 3 steps, whose weights are kept; ended after 6"),
+        (2, "loss was best after 3 steps, whose weights are kept"),
+    ],
+)
+def test_summary_tells_which_weights_early_stopping_kept_and_that_it_stopped(
+    tmp_path: Path, patience: int, said: str
+) -> None:
+    run = run_in(tmp_path, early_stopping={"patience": patience}, eval_every=3)
+    write_json(run.folder.config_file, run.choice.config)
+    lines = summary(ended(run.folder)).splitlines()
+    assert [line.split(maxsplit=2)[2] for line in lines if line.startswith("early")] == [said]
 
 
 def test_run_that_has_ended_is_told_though_mlflow_is_away(

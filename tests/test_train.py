@@ -65,7 +65,7 @@ class Cell(NamedTuple):
             zero_stage=self.stage,
             gradient_accumulation_steps=self.accumulation,
             activation_checkpointing=self.checkpointing,
-            deepspeed=EVERYTHING_PARTITIONED if self.stage == 3 else {},
+            deepspeed=EVERYTHING_PARTITIONED,
         )
 
 

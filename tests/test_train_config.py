@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from e2lora.config import EarlyStopping, GroupSpec, TrainConfig
 from e2lora.config.deepspeed import OPEN, OURS, merged
+from e2lora.training.engine import require_known_to_deepspeed
 
 
 def training(**options: Any) -> TrainConfig:
@@ -45,6 +46,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"offload_parameters": True, "zero_stage": 2}, "partitioned; got zero_stage=2"),
     ({"torch_compile": True, "zero_stage": 3}, "can't see how ZeRO stage 3 gathers"),
     ({"early_stopping": EarlyStopping()}, "got eval_every=None"),
+    ({"early_stopping": {"metric": "accuracy"}}, "metric='accuracy' alone. Add `direction`"),
     ({"save_total_limit": 0}, "greater than 0"),
     ({"activation_checkpointing": "always"}, "'non_reentrant'"),
     ({"learning_rat": 1e-3}, "Extra inputs"),
@@ -100,7 +102,14 @@ def test_configuration_survives_json() -> None:
 
 @pytest.mark.parametrize(
     ("epochs", "rows", "batch", "steps"),
-    [(1, 96, 16, 6), (1, 97, 16, 7), (2, 100, 16, 13), (0.5, 100, 16, 4), (1, 3, 16, 1)],
+    [
+        (1, 96, 16, 6),
+        (1, 97, 16, 7),
+        (2, 100, 16, 13),
+        (0.5, 100, 16, 4),
+        (1, 3, 16, 1),
+        (0.07, 100, 1, 7),
+    ],
 )
 def test_epochs_become_steps_that_cover_them(
     epochs: float, rows: int, batch: int, steps: int
@@ -134,7 +143,9 @@ def test_what_is_not_known_yet_is_not_made_up() -> None:
         unknown.deepspeed_config()
 
 
-@pytest.mark.parametrize(("ratio", "steps", "warm"), [(0.1, 100, 10), (0.1, 101, 11), (0.0, 9, 0)])
+@pytest.mark.parametrize(
+    ("ratio", "steps", "warm"), [(0.1, 100, 10), (0.1, 101, 11), (0.0, 9, 0), (0.07, 100, 7)]
+)
 def test_share_of_warmup_is_rounded_up(ratio: float, steps: int, warm: int) -> None:
     assert training(max_steps=steps, warmup_ratio=ratio).num_warmup_steps == warm
 
@@ -220,6 +231,11 @@ def test_repeating_what_is_derived_contradicts_nothing() -> None:
             {"zero_optimization": {"offload_param": {"device": "cpu"}}},
             r"offload_param\.device is decided by `offload_parameters`",
         ),
+        (
+            {"zero_optimization": {"cpu_offload": True}},
+            r"cpu_offload is decided by `offload_optimizer`",
+        ),
+        ({"bf16": {"bf16_master_weights_and_grads": True}}, r"grads is decided by `precision`"),
         ({"zero_optimisation": {"stage": 1}}, r"'zero_optimisation' is none of them"),
         ({"curriculum_learning": {"enabled": True}}, r"'curriculum_learning' is none of them"),
         ({"zero_optimization": 1}, r"zero_optimization is a dictionary, got 1"),
@@ -230,6 +246,24 @@ def test_repeating_what_is_derived_contradicts_nothing() -> None:
 def test_key_that_contradicts_or_is_not_open_is_refused(extra: dict[str, Any], said: str) -> None:
     with pytest.raises(ValidationError, match=f"(?s){said}"):
         training(deepspeed=extra)
+
+
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [
+        ({"zero_optimization": {"overlap_com": False}}, r"\.overlap_com is .*False"),
+        ({"zero_optimization": {"overlap_comm": "maybe"}}, r"overlap_comm .* boolean.*'maybe'"),
+        ({"bf16": {"enable": True}}, r"bf16\.enable is refused"),
+    ],
+    ids=str,
+)
+def test_what_deepspeed_itself_would_refuse_is_refused_before_it_starts(
+    extra: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        require_known_to_deepspeed(training(deepspeed=extra))
+    known = {"zero_optimization": {"overlap_comm": False, "stage3_prefetch_bucket_size": 1000}}
+    require_known_to_deepspeed(training(deepspeed=known, zero_stage=3))
 
 
 def test_each_of_our_keys_names_options_that_exist() -> None:

@@ -19,8 +19,12 @@ OURS: Mapping[str, str] = {
     "zero_optimization.stage": "zero_stage",
     "zero_optimization.offload_optimizer.device": "offload_optimizer",
     "zero_optimization.offload_param.device": "offload_parameters",
+    "zero_optimization.cpu_offload": "offload_optimizer",  # older names that are still heard
+    "zero_optimization.cpu_offload_param": "offload_parameters",
     "fp16.enabled": "precision",
+    "fp16.fp16_master_weights_and_grads": "precision",
     "bf16.enabled": "precision",
+    "bf16.bf16_master_weights_and_grads": "precision",
 }
 """What only an option of ours decides, and which."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import Any, Literal
 
 from pydantic import Field, JsonValue, model_validator
@@ -99,7 +100,7 @@ class TrainConfig(Frozen):
     def num_warmup_steps(self) -> int:
         if self.warmup_ratio is None:
             return self.warmup_steps
-        return math.ceil(self.warmup_ratio * self.num_steps)
+        return math.ceil(_exact(self.warmup_ratio) * self.num_steps)
 
     @property
     def accumulation(self) -> int:
@@ -121,7 +122,7 @@ class TrainConfig(Frozen):
         """
         if self.num_epochs is None:
             return self
-        steps = max(1, math.ceil(self.num_epochs * num_rows / self.global_batch_size))
+        steps = max(1, math.ceil(_exact(self.num_epochs) * num_rows / self.global_batch_size))
         return TrainConfig.model_validate(
             {**self.model_dump(), "max_steps": steps, "num_epochs": None}
         )
@@ -241,6 +242,15 @@ class TrainConfig(Frozen):
             )
 
 
+def _exact(written: float) -> Fraction:
+    """The decimal number that was meant: 0.07 of 100 steps are 7, and rounded up no 8.
+
+    >>> math.ceil(_exact(0.07) * 100), math.ceil(0.07 * 100)
+    (7, 8)
+    """
+    return Fraction(str(written))
+
+
 PARALLELISM = frozenset(
     {
         "num_workers",
@@ -253,7 +263,6 @@ PARALLELISM = frozenset(
         "activation_checkpointing",
         "packing",
         "torch_compile",
-        "deepspeed",
         "checkpoint_every",
         "save_total_limit",
     }

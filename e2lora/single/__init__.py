@@ -77,7 +77,7 @@ def train(run: Run) -> int:
         _say_what_was_before(folder, config)
         folder.result_file.unlink(missing_ok=True)  # of a run that failed
         write_json(folder.config_file, config)
-        print(_announcement(run, config), flush=True)
+        print(_announcement(run, config, plans.num_steps(config)), flush=True)
         try:
             _train_on_a_group(run, plans, config, tracker)
         finally:
@@ -167,12 +167,11 @@ def _say_what_was_before(folder: TrialFolder, config: TrialConfig) -> None:
         print(f"the work is spread in another way: {'; '.join(changed)}", flush=True)
 
 
-def _announcement(run: Run, config: TrialConfig) -> str:
+def _announcement(run: Run, config: TrialConfig, num_steps: int) -> str:
     training = config.training
     few = "" if run.min_workers is None else f"{run.min_workers} to "
-    length = (
-        f"{training.max_steps} steps" if training.max_steps else f"{training.num_epochs} epochs"
-    )
+    epochs = "" if training.num_epochs is None else f" ({training.num_epochs:g} epochs)"
+    length = f"{num_steps} steps{epochs}"
     return (
         f"run {run.name}: {config.label} on {config.task.display_name}, {length}, "
         f"{few}{training.num_workers} worker(s), from {run.choice.source}\nin {run.folder.path}"

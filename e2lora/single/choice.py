@@ -44,7 +44,9 @@ class Choice:
         if self.trial is None:
             return []
         old = self.trial.config()
-        return [p for p in DECIDE_PLANS if getattr(old, p) != getattr(self.config, p)]
+        changed = [p for p in DECIDE_PLANS if getattr(old, p) != getattr(self.config, p)]
+        same = old.training.precision == self.config.training.precision
+        return changed if same else [*changed, "precision"]  # a profile is of weights in one type
 
 
 DECIDE_PLANS = ("model", "task", "adapter", "plan", "seed")
@@ -69,6 +71,11 @@ def from_file(file: Path, words: Mapping[str, Any]) -> Choice:
     Raises:
         ValueError, OSError: no such record, or an unknown field or value.
     """
+    if not file.is_file():
+        raise ValueError(
+            f"--trial must be a trial.json that a study or a run has recorded; {str(file)!r} is no "
+            "file. Correct the path."
+        )
     config = TrialConfig.model_validate_json(file.read_text(encoding="utf-8"))
     label = file.resolve().parent.name if file.stem == "trial" else file.stem
     return Choice(with_fields(config, _only_fields(words)), str(file), label)

@@ -107,7 +107,10 @@ def summary(folder: TrialFolder) -> str:
     ]
     if rate := tokens_per_second(folder.steps()):
         facts.append(["tokens/s", f"{rate:,.0f}"])
-    if stopping := folder.config().training.early_stopping:
+    training = folder.config().training
+    if training.gradient_accumulation_steps == "auto":
+        facts.append(["microbatches", f"{result.gradient_accumulation_steps} per step and worker"])
+    if stopping := training.early_stopping:
         best = best_of(evaluations, stopping)
         told = f"{stopping.metric} was best after {best.step} steps, whose weights are kept"
         over = f"; ended after {last_step}" if is_over(evaluations, stopping) else ""

@@ -27,7 +27,7 @@ from e2lora.records import Evaluation, TrialFolder
 from e2lora.tasks import TrialData
 from e2lora.tasks.packing import attends_flat
 from e2lora.training.activations import activation_checkpointed
-from e2lora.training.checkpoint import TrainState, load_checkpoint, save_checkpoint
+from e2lora.training.checkpoint import TrainState, save_checkpoint
 from e2lora.training.compiling import compiled
 from e2lora.training.engine import Engine, learning_rate_factor
 from e2lora.training.health import explained_memory, require_finite
@@ -38,6 +38,7 @@ from e2lora.training.outset import (
     below,
     require_same_start,
     require_trainable,
+    state_at,
     with_cut_batches,
 )
 from e2lora.training.stopping import best_of, is_over
@@ -74,6 +75,7 @@ class TrainedTrial:
     final: Evaluation
     adapter_parameters: int
     head_parameters: int
+    accumulation: int
 
     @property
     def losses(self) -> list[float]:
@@ -136,7 +138,10 @@ class _Run:
         self.family = FAMILIES[config.adapter.family]
         self.adapted: Any = None
         self.rank = dist.get_rank(group) if group else 0
-        self.identity = fingerprint_of([config.identity(), plan.fingerprint()])
+        rows = data.task.content("train")  # files may have changed under their names
+        self.identity = fingerprint_of(
+            [config.identity(), plan.fingerprint(), base.fingerprint, rows]
+        )
         self.history: History = {}
         self.evaluations: list[Evaluation] = []
         self.outcomes: list[float] = []
@@ -151,7 +156,9 @@ class _Run:
         with ExitStack() as stack:
             kind = self.config.training.activation_checkpointing
             stack.enter_context(activation_checkpointed(self.adapted, kind))
-            training = with_cut_batches(self.adapted, self.base, self.data, self.config, self.group)
+            training = with_cut_batches(
+                self.adapted, self.base, self.data, self.config, self.group, self.reports.alive
+            )
             self.config = self.config.model_copy(update={"training": training})
             stack.enter_context(compiled(self.adapted) if training.torch_compile else nullcontext())
             self._start_engine()
@@ -164,7 +171,9 @@ class _Run:
             self._return_to_best()
             with self.engine.gathered():
                 self._save()
-        return TrainedTrial(self.history, self.evaluations, self.final, *counts)
+        return TrainedTrial(
+            self.history, self.evaluations, self.final, *counts, training.accumulation
+        )
 
     def _start_engine(self) -> None:
         adapter, training = self.config.adapter, self.config.training
@@ -254,8 +263,9 @@ class _Run:
             "grad_norm": math.nan if self.engine.skipped else self.engine.gradient_norm(),
             **self.meter.read(batch.num_tokens, training.global_batch_size),
         }
-        for name, value in measured.items():
-            self.history.setdefault(name, []).append(value)
+        for name in {**self.history, **measured}:  # on another device there may be others
+            column = self.history.setdefault(name, [math.nan] * step)
+            column.append(measured.get(name, math.nan))
         return measured
 
     def _learning_rate(self, step: int) -> float:
@@ -287,6 +297,8 @@ class _Run:
             self.group,
             on_batch=self.reports.alive,
         )
+        for name, value in metrics.items():  # the last update may have broken the weights
+            require_finite(value, step, self.config.training, f"validation {name}")
         since = self.evaluations[-1].step if self.evaluations else 0
         recent = self.history["loss"][since:]
         metrics["train_loss"] = math.fsum(recent) / len(recent)
@@ -299,12 +311,9 @@ class _Run:
         self.final = best_of(self.evaluations, self.config.training.early_stopping)
         if self.final == self.evaluations[-1]:
             return
-        state = load_checkpoint(self.folder.checkpoints, self.identity, self.final.step)
-        if state is None:
-            raise FileNotFoundError(
-                f"the checkpoint of the best evaluation, step {self.final.step}, must still lie in "
-                f"{self.folder.checkpoints}; it is gone. Train anew, or without early stopping."
-            )
+        state = state_at(
+            self.final.step, self.folder.checkpoints, self.identity, self.reports.alive
+        )
         history, evaluations = self.history, self.evaluations
         self._go_to(state)
         self.history, self.evaluations = history, evaluations

@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from e2lora.adapters import FAMILIES, is_head, trainable_parameters
@@ -41,6 +42,36 @@ def deepspeed_config(training: TrainConfig, num_trained: int) -> dict[str, Any]:
         if name in zero:
             zero[name] = {"pin_memory": torch.cuda.is_available(), **zero[name]}
     return {**config, "zero_optimization": zero}
+
+
+def require_known_to_deepspeed(training: TrainConfig) -> None:
+    """Refuse what a user adds for DeepSpeed and DeepSpeed would refuse when it starts.
+
+    Raises:
+        ValueError: naming the first key or value that it doesn't take.
+    """
+    if not training.deepspeed:
+        return
+    import_deepspeed()
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    config = training.deepspeed_config()
+    models = {
+        "zero_optimization": DeepSpeedZeroConfig,
+        "bf16": DeepSpeedBF16Config,
+        "fp16": DeepSpeedFP16Config,
+    }
+    for key in models.keys() & training.deepspeed.keys():
+        try:
+            models[key](**config[key])
+        except ValidationError as error:
+            wrong = error.errors()[0]
+            place = ".".join(map(str, (key, *wrong["loc"])))
+            raise ValueError(
+                f"`deepspeed` must hold what DeepSpeed takes; {place} is refused: {wrong['msg']}; "
+                f"got {wrong['input']!r}. Correct or remove it."
+            ) from error
 
 
 def learning_rate_factor(training: TrainConfig, step: int) -> float:

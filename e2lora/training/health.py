@@ -58,17 +58,20 @@ def digest_of(parameters: Mapping[str, torch.Tensor]) -> str:
         shape = tuple(getattr(tensor, "ds_shape", tensor.shape))
         digest.update(f"{name} {shape} {tensor.dtype}\n".encode())
         if not hasattr(tensor, "ds_shape"):
-            digest.update(tensor.detach().contiguous().view(torch.uint8).cpu().numpy().tobytes())
+            flat = tensor.detach().reshape(-1)  # bytes can't be seen of a scalar
+            digest.update(flat.contiguous().view(torch.uint8).cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
-def require_finite(loss: float, step: int, training: TrainConfig) -> None:
+def require_finite(
+    value: float, step: int, training: TrainConfig, name: str = "training loss"
+) -> None:
     """Raises:
-    FloatingPointError: the mean loss of all workers isn't.
+    FloatingPointError: a loss or a metric of all workers isn't.
     """
-    if not math.isfinite(loss):
+    if not math.isfinite(value):
         raise FloatingPointError(
-            f"the training loss must stay finite; it was {loss} at step {step} with "
+            f"the {name} must stay finite; it was {value} at step {step} with "
             f"learning_rate={training.learning_rate:g}. Lower the learning rate."
         )
 

@@ -70,6 +70,24 @@ def agreed_checkpoint(folder: Path, identity: str, group: Any) -> TrainState | N
     )
 
 
+def state_at(step: int, folder: Path, identity: str, alive: Callable[[], None]) -> TrainState:
+    """The state after ``step``, which the first worker wrote; a shared disk may lag elsewhere.
+
+    Raises:
+        FileNotFoundError: it doesn't come to light.
+    """
+    for _ in range(CHECKPOINT_TRIES):
+        state = load_checkpoint(folder, identity, step)
+        if state is not None:
+            return state
+        alive()
+        time.sleep(1.0)
+    raise FileNotFoundError(
+        f"the checkpoint of the best evaluation, step {step}, must still lie in {folder}; it is "
+        "gone. Train anew, or without early stopping."
+    )
+
+
 def adapt_base(
     base: Base,
     data: TrialData,
@@ -131,9 +149,17 @@ def require_same_start(
 
 
 def with_cut_batches(
-    adapted: Any, base: Base, data: TrialData, config: TrialConfig, group: Any
+    adapted: Any,
+    base: Base,
+    data: TrialData,
+    config: TrialConfig,
+    group: Any,
+    alive: Callable[[], None],
 ) -> TrainConfig:
     """The training with the number of microbatches known, after a try of packed rows. Collective.
+
+    Args:
+        alive: called often, to show that the worker lives.
 
     Raises:
         ValueError: the model doesn't keep packed rows apart.
@@ -152,13 +178,12 @@ def with_cut_batches(
         longest = np.argsort(data.lengths, kind="stable")[::-1]
 
         def batch_of(num_rows: int) -> dict[str, Tensor]:
+            alive()
             return batches.of_rows([int(longest[i % len(longest)]) for i in range(num_rows)])
 
         share = training.global_batch_size // training.num_workers
         run = forward_and_backward(adapted, batch_of, task.loss_sum, device)
         found = find_accumulation(run, share, _memory(adapted, training, device), group)
-    if group is None or dist.get_rank(group) == 0:
-        print(f"microbatches of {share // found} rows: {found} per step and worker", flush=True)
     return training.model_copy(update={"gradient_accumulation_steps": found})
 
 
