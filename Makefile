@@ -1,7 +1,7 @@
 PY := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup search test test-slow lint clean always
+.PHONY: help setup search test test-slow test-long lint clean always
 
 # an environment whose interpreter is gone counts as not made, whatever its stamp says
 ifneq ($(shell $(PY) -c 'print(1)' 2>/dev/null),1)
@@ -24,6 +24,9 @@ test: setup  ## the quick tests and the examples in docstrings
 
 test-slow: setup  ## the slow tests: several processes, whole studies
 	$(PY) -m pytest -m slow $(ARGS)
+
+test-long: setup  ## the longest ones: several nodes, fifty trials on one worker, all of ZeRO-3
+	$(PY) -m pytest -m long $(ARGS)
 
 lint: setup  ## ruff and mypy
 	$(PY) -m ruff check .

@@ -18,7 +18,7 @@ import pytest
 from e2lora.records import TrialFolder
 from tests.commands import Command
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 

@@ -194,7 +194,7 @@ def stressed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     return folder, in_a_process(folder, range(NUM_TRIALS))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_fifty_trials_in_one_process_end_as_each_of_them_must(
     stressed: tuple[Path, dict[str, Any]],
 ) -> None:
@@ -207,7 +207,7 @@ def test_fifty_trials_in_one_process_end_as_each_of_them_must(
     assert set(errors.values()) == {None}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_memory_is_flat_after_the_first_trials(stressed: tuple[Path, dict[str, Any]]) -> None:
     """What tensors hold, exactly; what else the process does, up to what an allocator keeps."""
     _, told = stressed
@@ -221,7 +221,7 @@ def test_memory_is_flat_after_the_first_trials(stressed: tuple[Path, dict[str, A
     assert median(then) <= median(first) + 24 * MIB
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("number", COMPARED)
 def test_trial_on_a_used_worker_equals_one_in_a_fresh_process_bit_for_bit(
     number: int, stressed: tuple[Path, dict[str, Any]], tmp_path: Path

@@ -27,7 +27,7 @@ from tests.toy import by_autograd
 
 KINDS_TRIED = tuple(zero3.AUTO)
 WORLDS = (1, 2)
-slow = pytest.mark.slow
+long = pytest.mark.long
 
 
 @pytest.fixture(scope="module")
@@ -308,7 +308,7 @@ def test_checkpointed_layers_run_forward_again_and_then_no_more(folder: Path) ->
 # ---- in one and two processes -----------------------------------------------------------------
 
 
-@slow
+@long
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize(
     ("kind", "system", "accumulation"),
@@ -321,7 +321,7 @@ def test_workers_train_what_a_plain_loop_does(
         require_same(results[f"{kind} {system} {accumulation}"], plain[f"{kind} {system}"])
 
 
-@slow
+@long
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("option", zero3.OPTIONS)
 def test_memory_options_change_no_result_of_workers(
@@ -331,7 +331,7 @@ def test_memory_options_change_no_result_of_workers(
         require_same(results[f"bert {option}"], plain["bert E²LoRA"])
 
 
-@slow
+@long
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("kind", KINDS_TRIED)
 def test_used_base_is_as_it_was_and_gives_the_same_numbers(
@@ -346,7 +346,7 @@ def test_used_base_is_as_it_was_and_gives_the_same_numbers(
         assert all(torch.equal(first["final"][n], again["final"][n]) for n in first["final"])
 
 
-@slow
+@long
 @pytest.mark.parametrize("kind", KINDS_TRIED)
 def test_states_of_one_worker_are_continued_by_two(
     found: Any, plain: dict[str, Any], kind: str
@@ -358,7 +358,7 @@ def test_states_of_one_worker_are_continued_by_two(
             assert losses[-1] == zero3.STEPS
 
 
-@slow
+@long
 @pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize("stage", [0, 3])
 @pytest.mark.parametrize("kind", KINDS_TRIED)
@@ -375,7 +375,7 @@ def test_state_of_two_workers_at_stage_3_is_continued_by_one(
     assert losses == pytest.approx(plain[f"{kind} E²DoRA"]["loss"][2:], rel=2e-5)
 
 
-@slow
+@long
 @pytest.mark.parametrize("case", zero3.SHARES)
 @pytest.mark.parametrize("kind", KINDS_TRIED)
 def test_workers_measure_the_gradients_of_a_partitioned_model(
@@ -389,7 +389,7 @@ def test_workers_measure_the_gradients_of_a_partitioned_model(
             require_gradients(results[f"{kind} gradients {case}"], whole, kind)
 
 
-@slow
+@long
 @pytest.mark.parametrize("kind", KINDS_TRIED)
 def test_gradients_of_a_partitioned_bfloat16_model_are_taken_in_float32(
     found: Any, folder: Path, kind: str
@@ -403,7 +403,7 @@ def test_gradients_of_a_partitioned_bfloat16_model_are_taken_in_float32(
         assert all(std > 0 for std in result["std"])
 
 
-@slow
+@long
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("kind", KINDS_TRIED)
 def test_workers_score_every_row_once_however_few(
@@ -417,7 +417,7 @@ def test_workers_score_every_row_once_however_few(
             assert scores == pytest.approx(expected, rel=1e-5)
 
 
-@slow
+@long
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("kind", KINDS_TRIED)
 def test_every_family_makes_of_a_partitioned_base_what_it_makes_of_a_plain_one(
@@ -434,7 +434,7 @@ def test_every_family_makes_of_a_partitioned_base_what_it_makes_of_a_plain_one(
                     assert torch.equal(tensor, expected[family][name]), (family, name)
 
 
-@slow
+@long
 @pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize("family", ["dora", "full"])
 @pytest.mark.parametrize("kind", KINDS_TRIED)
@@ -449,7 +449,7 @@ def test_saved_adapter_is_the_same_file_at_stage_3(
         assert (place / file).read_bytes() == (other / file).read_bytes(), file
 
 
-@slow
+@long
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("kind", KINDS_TRIED)
 def test_bf16_trains_as_float32_does_but_for_rounding(
