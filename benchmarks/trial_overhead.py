@@ -109,7 +109,6 @@ def main() -> int:
             num_cpus=2,
             include_dashboard=False,
             log_to_driver=False,
-            runtime_env={"worker_process_setup_hook": "trial_overhead.measure_worker"},
         )
         bench = Bench(Path(folder), options.model, options.data, options.targets, options.steps)
         resident = bench.on_a_resident_group(options.trials + 1)
@@ -224,13 +223,16 @@ class Bench:
         return Job(f"trial-{place.path.name}", "trial", GroupSpec.of(config.training), payload)
 
     def on_a_resident_group(self, num_trials: int) -> list[Trial]:
-        from e2lora.pool import Pool
+        from trial_overhead import measured_group_loop  # by its name in workers
 
-        trials = []
-        with Pool("overhead", self.folder) as pool:
+        from e2lora import pool
+
+        pool._group_loop = measured_group_loop
+        trials: list[Trial] = []
+        with pool.Pool("overhead", self.folder) as groups:
             for _ in range(num_trials):
                 with self._timed(self.job(), trials) as job:
-                    pool.run(job)
+                    groups.run(job)
         return [
             trial._replace(spans=spans)
             for trial, spans in zip(trials, self._spans(num_trials), strict=True)
@@ -274,6 +276,7 @@ class Bench:
 
 def train_alone(payload: dict[str, str]) -> None:
     """What a user would run in a TorchTrainer: load, train, save."""
+    measure_worker()
     import torch
 
     from e2lora.config import GroupSpec, TrialConfig
@@ -294,8 +297,16 @@ def train_alone(payload: dict[str, str]) -> None:
 _spans: list[Span] = []
 
 
+def measured_group_loop(config: dict[str, Any]) -> None:
+    """In place of a resident group's training function."""
+    from e2lora.pool import _group_loop
+
+    measure_worker()
+    _group_loop(config)
+
+
 def measure_worker() -> None:
-    """Ray calls this in each process that it starts: from now on the parts of trials are timed."""
+    """From now on the parts of trials are timed in this process."""
     from e2lora import resident, training, worker
 
     for owner, name, label in (

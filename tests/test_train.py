@@ -47,6 +47,7 @@ SYSTEMS = {
     "E²ShareLoRA": system("e2", a_scope="type"),
     "E²DoRA": system("e2", family="dora"),
 }
+LEARNING_RATE = SYSTEMS["LoRA"].training.learning_rate
 STAGES, ACCUMULATIONS, WORLDS = (0, 1, 2, 3), (1, 4), (1, 2)
 
 
@@ -270,8 +271,10 @@ def require_as_plain(place: TrialFolder, expected: Trained, name: str) -> None:
         f"parameter/{n}" for n in expected.weights
     }, name
     for key, weight in expected.weights.items():
-        difference = (tensors[f"parameter/{key}"] - weight).abs().max()
-        assert difference < 2e-4, (name, key, float(difference))
+        difference = tensors[f"parameter/{key}"] - weight
+        # Adam makes whole steps (0.02 here) of gradients near zero, and so of their rounding.
+        assert difference.norm() < 1e-3 * weight.norm(), (name, key, float(difference.norm()))
+        assert difference.abs().max() < 0.1 * LEARNING_RATE, (name, key)
 
 
 def require_all_as_plain(
