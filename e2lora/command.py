@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import pkgutil
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -120,3 +122,34 @@ def default_storage() -> Path:
     """``results`` here; for a submitted job, whose folder is a passing copy, in the home folder."""
     here = Path.cwd()
     return Path.home() / "e2lora-results" if is_thrown_away(here) else here / "results"
+
+
+def pairs_of(option: str, words: Sequence[str]) -> dict[str, Any]:
+    """KEY=VALUE words; a value that is JSON is read as such, ``@FILE`` from there, others are text.
+
+    >>> pairs_of("--plan", ["r=16", "similarity=cosine", "use_rslora=true"])
+    {'r': 16, 'similarity': 'cosine', 'use_rslora': True}
+
+    Raises:
+        ValueError: another form, or a key twice.
+    """
+    pairs: dict[str, Any] = {}
+    for word in words:
+        key, sign, value = word.partition("=")
+        if not sign or not key or key in pairs:
+            raise ValueError(
+                f"options of {option} are written KEY=VALUE, each key once; got {word!r} in "
+                f"{' '.join(words)!r}. Correct it."
+            )
+        if value.startswith("@"):
+            value = Path(value[1:]).expanduser().read_text(encoding="utf-8")
+        try:
+            pairs[key] = json.loads(value)
+        except json.JSONDecodeError as error:
+            if value.lstrip()[:1] in ("[", "{"):
+                raise ValueError(
+                    f"a value that begins with [ or {{ must be JSON; {key} of {option} is not: "
+                    f"{error}. Quote it for the shell, or write it to a file: {key}=@FILE."
+                ) from error
+            pairs[key] = value
+    return pairs

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from e2lora.broker import Running
+from e2lora.command import pairs_of
 from e2lora.config import PARALLELISM, Objective, TrainConfig, TrialConfig
 from e2lora.plan import build_plan
 from e2lora.records import (
@@ -23,7 +24,7 @@ from e2lora.records import (
     write_text,
 )
 from e2lora.single import Run, train
-from e2lora.single.choice import from_file, from_space, from_study, parsed, with_fields
+from e2lora.single.choice import from_file, from_space, from_study, with_fields
 from e2lora.single.entry import Words, run_of, train_command
 from e2lora.single.progress import Pace, summary
 from search_spaces import quickstart
@@ -39,7 +40,7 @@ QUICKSTART = "search_spaces.quickstart"
 
 
 def chosen(*words: str, space: str = QUICKSTART) -> TrialConfig:
-    return from_space(space, parsed(words)).config
+    return from_space(space, pairs_of("--set", words)).config
 
 
 def test_no_words_are_the_first_point() -> None:
@@ -115,7 +116,7 @@ def test_warmup_ratio_takes_the_place_of_steps_and_both_together_are_refused() -
         ("training.max_steps.x=9", ["training.max_steps is a value of its own"]),
         ("training.max_steps=many", ["training.max_steps", "got 'many'"]),
         ("training.early_stopping={x", ["must be JSON", "Quote it for the shell"]),
-        ("r", ["NAME=VALUE", "'r'"]),
+        ("r", ["KEY=VALUE", "'r'"]),
     ],
 )
 def test_word_that_means_nothing_is_refused_with_what_there_is(
@@ -178,7 +179,7 @@ def make_study(storage: Path, direction: str = "maximize") -> StudyFolder:
 
 
 def test_best_is_the_first_of_the_complete_trials_that_are_best(tmp_path: Path) -> None:
-    choice = from_study(make_study(tmp_path), None, parsed(["training.num_workers=2"]))
+    choice = from_study(make_study(tmp_path), None, pairs_of("--set", ["training.num_workers=2"]))
     assert choice.config == with_fields(small_trial(r=3), {"training.num_workers": 2})
     assert "trial 2 of study done" in choice.source
     assert "best of 3: accuracy 0.8" in choice.source
@@ -196,7 +197,7 @@ def test_plan_is_kept_unless_what_decides_it_differs(tmp_path: Path) -> None:
         (["adapter.family=dora"], ["adapter"]),
         (["training.precision=bf16"], ["precision"]),
     ):
-        assert from_study(folder, 1, parsed(words)).changed_parts == changed
+        assert from_study(folder, 1, pairs_of("--set", words)).changed_parts == changed
 
 
 @pytest.mark.parametrize(

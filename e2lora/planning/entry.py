@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 from e2lora.cluster import is_of_the_cluster
-from e2lora.command import find_study, run_for_user
+from e2lora.command import find_study, pairs_of, run_for_user
 from e2lora.config import (
     NEEDS_PAIRS,
     PRESETS,
@@ -141,7 +141,7 @@ def plans_of(
                 f"--plan begins with a preset ({', '.join(PRESETS)}) or a topology "
                 f"({', '.join(TOPOLOGIES)}); got {name!r}. Put one of them before the options."
             )
-        options = _pairs_of("--plan", words)
+        options = pairs_of("--plan", words)
         for key, remedy in (
             ("topology", "it is the first word"),
             ("calibration", "use --calibration, for all plans together"),
@@ -175,7 +175,7 @@ LONGEST_LABEL = 32
 def model_of(words: Sequence[str]) -> ModelConfig:
     """A model from words such as ``["organisation/name", "revision=main"]``."""
     name, *pairs = words
-    return _validated(ModelConfig, "--model", {"name": name, **_pairs_of("--model", pairs)})
+    return _validated(ModelConfig, "--model", {"name": name, **pairs_of("--model", pairs)})
 
 
 def task_of(words: Sequence[str]) -> AnyTaskConfig:
@@ -186,7 +186,7 @@ def task_of(words: Sequence[str]) -> AnyTaskConfig:
             f"--task begins with a kind of task ({', '.join(TASK_KINDS)}); got {kind!r}. Put one "
             "of them before the options."
         )
-    config: AnyTaskConfig = _validated(TASK_KINDS[kind], "--task", _pairs_of("--task", pairs))
+    config: AnyTaskConfig = _validated(TASK_KINDS[kind], "--task", pairs_of("--task", pairs))
     return config
 
 
@@ -197,7 +197,7 @@ TASK_KINDS: dict[str, Any] = {
 
 def calibration_of(words: Sequence[str], base: CalibrationConfig) -> CalibrationConfig:
     """``base`` with what the words, such as ``num_samples=512``, say."""
-    given = _pairs_of("--calibration", words)
+    given = pairs_of("--calibration", words)
     return _validated(CalibrationConfig, "--calibration", {**base.model_dump(), **given})
 
 
@@ -209,31 +209,3 @@ def _validated(kind: type[Config], option: str, values: dict[str, Any]) -> Confi
             f"{', '.join(kind.model_fields)}. Correct its name."
         )
     return kind.model_validate_json(json.dumps(values))
-
-
-def _pairs_of(option: str, words: Sequence[str]) -> dict[str, Any]:
-    """KEY=VALUE words; a value that is JSON is read as such, ``@FILE`` from there, others are text.
-
-    >>> _pairs_of("--plan", ["r=16", "similarity=cosine", "use_rslora=true"])
-    {'r': 16, 'similarity': 'cosine', 'use_rslora': True}
-    """
-    pairs: dict[str, Any] = {}
-    for word in words:
-        key, sign, value = word.partition("=")
-        if not sign or not key or key in pairs:
-            raise ValueError(
-                f"options of {option} are written KEY=VALUE, each key once; got {word!r} in "
-                f"{' '.join(words)!r}. Correct it."
-            )
-        if value.startswith("@"):
-            value = Path(value[1:]).expanduser().read_text(encoding="utf-8")
-        try:
-            pairs[key] = json.loads(value)
-        except json.JSONDecodeError as error:
-            if value.lstrip()[:1] in ("[", "{"):
-                raise ValueError(
-                    f"a value that begins with [ or {{ must be JSON; {key} of {option} is not: "
-                    f"{error}. Quote it for the shell, or write it to a file: {key}=@FILE."
-                ) from error
-            pairs[key] = value
-    return pairs

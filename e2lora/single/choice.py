@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,35 +130,6 @@ def best_trial(folder: StudyFolder) -> tuple[TrialFolder, str]:
     sign = 1 if objective.direction == "maximize" else -1
     value, trial = max(scored, key=lambda pair: sign * pair[0])
     return trial, f"the best of {len(scored)}: {objective.name} {value:.6g}"
-
-
-def parsed(words: Sequence[str]) -> dict[str, Any]:
-    """NAME=VALUE words; a value that is JSON is read as such, others are text.
-
-    >>> parsed(["topology=e2", "training.num_epochs=3", "training.deepspeed={}"])
-    {'topology': 'e2', 'training.num_epochs': 3, 'training.deepspeed': {}}
-
-    Raises:
-        ValueError: another form, or a name twice.
-    """
-    pairs: dict[str, Any] = {}
-    for word in words:
-        name, sign, value = word.partition("=")
-        if not sign or not name or name in pairs:
-            raise ValueError(
-                f"--set takes NAME=VALUE, each name once; got {word!r} in {' '.join(words)!r}. "
-                "Correct it."
-            )
-        try:
-            pairs[name] = json.loads(value)
-        except json.JSONDecodeError as error:
-            if value.lstrip()[:1] in ("[", "{"):
-                raise ValueError(
-                    f"a value that begins with [ or {{ must be JSON; {name}={value} isn't: "
-                    f"{error}. Quote it for the shell."
-                ) from error
-            pairs[name] = value
-    return pairs
 
 
 def with_fields(config: TrialConfig, fields: Mapping[str, Any]) -> TrialConfig:

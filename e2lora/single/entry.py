@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from e2lora.cluster import is_of_the_cluster
-from e2lora.command import default_storage, require_name, run_for_user
+from e2lora.command import default_storage, pairs_of, require_name, run_for_user
 from e2lora.records import StudyFolder
 from e2lora.single import Run, train
-from e2lora.single.choice import Choice, from_file, from_space, from_study, parsed
+from e2lora.single.choice import Choice, from_file, from_space, from_study
 
 DEFAULT_SPACE = "search_spaces.quickstart"
 
@@ -91,7 +91,7 @@ def _choice_of(words: Words, storage: Path) -> Choice:
             f"--best and --trial-number choose one trial each; got both (number {words.number}). "
             "Leave one out."
         )
-    values = parsed(words.sets)
+    values = pairs_of("--set", words.sets)
     if words.trial is not None:
         return from_file(words.trial, values)
     if words.study is not None:
