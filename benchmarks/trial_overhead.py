@@ -229,9 +229,10 @@ class Bench:
 
         pool._group_loop = measured_group_loop
         trials: list[Trial] = []
+        jobs = [self.job() for _ in range(num_trials)]  # so that one follows the other at once
         with pool.Pool("overhead", self.folder) as groups:
-            for _ in range(num_trials):
-                with self._timed(self.job(), trials) as job:
+            for job in jobs:
+                with self._timed(job, trials):
                     groups.run(job)
         return [
             trial._replace(spans=spans)
