@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import ray
+from safetensors.torch import load_file
 
 from e2lora.broker import Job
 from e2lora.cluster import slots
@@ -104,5 +105,14 @@ def test_kinds_follow_one_another_and_a_failed_job_leaves_its_group_usable(
     one, failed, again, two = (ended[job.key] for job in jobs)
     assert isinstance(failed, str)
     assert "plan.json" in failed
-    assert again["losses"] == one["losses"]
-    assert two["losses"] == pytest.approx(one["losses"], abs=2e-5)
+    losses = [_losses(tmp_path, number) for number in range(3)]
+    assert len(losses[0]) == small_trial().training.num_steps
+    assert losses[1] == losses[0]
+    assert losses[2] == pytest.approx(losses[0], abs=2e-5)
+    assert again["metrics"] == one["metrics"]
+    assert two["metrics"]["accuracy"] == one["metrics"]["accuracy"]
+
+
+def _losses(storage: Path, number: int) -> list[float]:
+    (newest,) = (storage / f"{number:05d}" / "checkpoints").glob("step-*/state.safetensors")
+    return load_file(newest)["history/loss"].tolist()
