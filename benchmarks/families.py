@@ -159,7 +159,7 @@ class Bench:
         if self.base is None:
             task = load_task(config.task)
             self.base = load_base(config.model, task.auto_class, task.num_labels, torch.float32)
-            rows = (task.features(s, self.base.tokenizer) for s in ("train", "validation"))
+            rows = (task.features(s, self.base.processor) for s in ("train", "validation"))
             self.rows = TrialData(task, *rows)
         targets = find_targets(self.base.model, config.adapter.target_modules)
         profile = None

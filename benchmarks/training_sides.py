@@ -296,7 +296,7 @@ def _trainer(setup: Setup, turns: Turns, options: dict[str, Any]) -> Told:
         task_type="CAUSAL_LM" if causal else "SEQ_CLS",
     )
     model = get_peft_model(model, lora)
-    tokenizer, rows = base.tokenizer, [data.train[i] for i in range(len(data.train))]
+    tokenizer, rows = base.processor, [data.train[i] for i in range(len(data.train))]
     del base, data
     padding = DataCollatorForSeq2Seq(tokenizer) if causal else DataCollatorWithPadding(tokenizer)
     counts: list[Count] = []
@@ -344,7 +344,7 @@ def our_batch(material: Material, step: int) -> Any:
     from e2lora.data import Batches
 
     config, base, data, _ = material
-    return Batches(data, base.tokenizer, config.training, config.seed).at(step)
+    return Batches(data, base.processor, config.training, config.seed).at(step)
 
 
 def batch_in_random_order(material: Material, step: int) -> Any:
@@ -357,7 +357,7 @@ def batch_in_random_order(material: Material, step: int) -> Any:
     size = config.training.global_batch_size
     first = step * size % (len(order) - size + 1)
     rows = [data.train[int(i)] for i in order[first : first + size]]
-    tensors = data.task.collate(rows, base.tokenizer)
+    tensors = data.task.collate(rows, base.processor)
     tokens = sum(len(row["input_ids"]) for row in rows)
     return StepBatch([tensors], data.task.num_supervised(rows), tokens)
 

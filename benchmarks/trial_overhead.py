@@ -316,7 +316,7 @@ def measure_worker() -> None:
         (training, "run_trial", "trial"),
         (training._Run, "_train_step", "step"),
         (training, "Engine", "Engine"),
-        (training, "evaluate", "evaluate"),
+        (training, "score_rows", "evaluate"),
         (training, "save_checkpoint", "save_checkpoint"),
         (training, "save_adapter", "save_adapter"),
         (resident.Resident, "drop_changed_base", "check"),

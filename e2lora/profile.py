@@ -60,7 +60,7 @@ def measure_profile(
         data.lengths, calibration.num_samples, calibration.num_folds, config.seed
     )
     folds = [[data.train[i] for i in fold] for fold in numbers]
-    key = _cache_key(base, config, targets, folds)
+    key = _cache_key(base, config, targets, folds, data.task.content("train"))
     box = [cache.load(key) if cache and rank == 0 else None]
     if cache and group:
         dist.broadcast_object_list(box, src=dist.get_global_rank(group, 0), group=group)
@@ -176,7 +176,7 @@ def measure_group_gradients(
 
 
 def _collated(base: Base, task: Task, rows: Sequence[Features]) -> dict[str, Any]:
-    batch = task.collate(rows, base.tokenizer)
+    batch = task.collate(rows, base.processor)
     return {key: value.to(base.model.device) for key, value in batch.items()}
 
 
@@ -214,14 +214,18 @@ def _longest(rows: Sequence[Features]) -> int:
 
 
 def _cache_key(
-    base: Base, config: TrialConfig, targets: Sequence[Target], folds: Sequence[Sequence[Features]]
+    base: Base,
+    config: TrialConfig,
+    targets: Sequence[Target],
+    folds: Sequence[Sequence[Features]],
+    content: str,
 ) -> str:
     """Names all that decides a profile: weights, head, rows, targets, options, code, versions."""
     rows = hashlib.sha256(json.dumps(folds, sort_keys=True).encode()).hexdigest()
     return fingerprint_of(
         [
             [config.model.model_dump(mode="json"), base.fingerprint, list(base.head), config.seed],
-            [config.task.model_dump(mode="json"), rows],
+            [config.task.model_dump(mode="json"), content, rows],
             [target.model_dump(mode="json") for target in targets],
             config.plan.calibration.model_dump(mode="json"),
             maths_version(),

@@ -25,6 +25,7 @@ def record(folder: TrialFolder, number: int, update: Update) -> None:
                 number=number,
                 state="complete" if update.result else "failed",
                 metrics=result.get("metrics", {}),
+                test_metrics=result.get("test_metrics", {}),
                 adapter_parameters=result.get("adapter_parameters", 0),
                 head_parameters=result.get("head_parameters", 0),
                 seconds=result.get("seconds", 0.0),

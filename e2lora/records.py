@@ -2,13 +2,16 @@
 
 STORAGE/STUDY/
   study.json                 StudyRecord
+  data.json                  SplitsRecord of each task: how many rows, and which stand twice
   optuna.journal             the ledger of trials
   profiles/KEY.json          GradientProfile, one per model x task x seed x calibration
   trials/00007/
     trial.json               TrialConfig
     plan.json                SharingPlan
     metrics.jsonl            Evaluation, one line each
-    outcomes.json            of the last evaluation: one number per validation row, in row order
+    outcomes.json            of the weights that are kept: by metric, a number per validation row
+    predictions.jsonl        … what the model said of each validation row, and what is right
+    test_outcomes.json  test_predictions.jsonl   … of the test rows, of runs that score them
     steps.json               what was measured at each step: a list for each, by step
     result.json              TrialResult: written last, when the trial has ended
     checkpoints/  adapter/
@@ -23,7 +26,7 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter
 
 from e2lora.config import AnyTaskConfig, Frozen, ModelConfig, Objective, TrialConfig
 from e2lora.plan import SharingPlan
@@ -37,7 +40,10 @@ class Evaluation(Frozen):
 
 
 class TrialResult(Frozen):
-    """How a trial ended. ``metrics`` are of the weights that are kept, empty if it has none."""
+    """How a trial ended. ``metrics`` are of the weights that are kept, empty if it has none.
+
+    ``test_metrics`` are there only of final runs: a search does not look at test rows.
+    """
 
     number: int
     state: Literal["complete", "failed"]
@@ -46,6 +52,7 @@ class TrialResult(Frozen):
     head_parameters: int
     seconds: float
     attempts: int
+    test_metrics: dict[str, float] = {}
     error: str | None = None
     gradient_accumulation_steps: int | None = None
 
@@ -68,6 +75,34 @@ class StudyRecord(Frozen):
     seeds: tuple[int, ...]
 
 
+class SplitsRecord(Frozen):
+    """The rows that a task was read as.
+
+    Attributes:
+        rows: of each split.
+        duplicates: ``"train/test"`` → test rows with exactly the inputs of a training row.
+    """
+
+    task: str
+    rows: dict[str, int]
+    duplicates: dict[str, int]
+
+    def told(self) -> list[str]:
+        """A line for each pair of splits that share rows."""
+        lines = []
+        for pair, count in self.duplicates.items():
+            first, _, second = pair.partition("/")
+            if count:
+                lines.append(
+                    f"{count:,} of the {self.rows[second]:,} {second} rows of {self.task} have "
+                    f"exactly the inputs of a {first} row."
+                )
+        return lines
+
+
+SPLITS_RECORDS = TypeAdapter(list[SplitsRecord])
+
+
 class TrialFolder:
     """Paths and readers of one trial."""
 
@@ -76,6 +111,9 @@ class TrialFolder:
         self.result_file = path / "result.json"
         self.metrics_file = path / "metrics.jsonl"
         self.outcomes_file = path / "outcomes.json"
+        self.predictions_file = path / "predictions.jsonl"
+        self.test_outcomes_file = path / "test_outcomes.json"
+        self.test_predictions_file = path / "test_predictions.jsonl"
         self.steps_file = path / "steps.json"
         self.config_file = path / "trial.json"
         self.plan_file = path / "plan.json"
@@ -119,8 +157,9 @@ class TrialFolder:
             for name, values in stored.items()
         }
 
-    def outcomes(self) -> list[float] | None:
-        return json.loads(self.outcomes_file.read_text()) if self.outcomes_file.exists() else None
+    def outcomes(self) -> dict[str, list[float]]:
+        """Of the validation rows, by the metric that is their mean; empty before an evaluation."""
+        return json.loads(self.outcomes_file.read_text()) if self.outcomes_file.exists() else {}
 
 
 class StudyFolder:
@@ -130,6 +169,7 @@ class StudyFolder:
         self.path = storage / name
         self.name = name
         self.record_file = self.path / "study.json"
+        self.data_file = self.path / "data.json"
         self.journal = self.path / "optuna.journal"
         self.profiles = self.path / "profiles"
         self.trials = self.path / "trials"
@@ -137,6 +177,12 @@ class StudyFolder:
 
     def record(self) -> StudyRecord:
         return StudyRecord.model_validate_json(self.record_file.read_text())
+
+    def splits(self) -> list[SplitsRecord]:
+        """Of the study's tasks; empty where that was never written."""
+        if not self.data_file.exists():
+            return []
+        return SPLITS_RECORDS.validate_json(self.data_file.read_text())
 
     def trial(self, number: int) -> TrialFolder:
         return TrialFolder(self.trials / f"{number:05d}")

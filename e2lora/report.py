@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,7 +66,12 @@ def render_report(folder: StudyFolder, trials_planned: int | None = None) -> Rep
     for result in filter(None, refused):
         progress += f" Trial {result.number} had no configuration: {result.error}"
     ended = sum(result is not None for result in results)
-    verdict = write_verdict(sections, progress, interim=ended < (trials_planned or len(trials)))
+    verdict = write_verdict(
+        sections,
+        progress,
+        interim=ended < (trials_planned or len(trials)),
+        notes=[line for splits in folder.splits() for line in splits.told()],
+    )
 
     out = folder.report
     out.mkdir(parents=True, exist_ok=True)
@@ -138,7 +143,7 @@ def _sections(trials: Sequence[Trial], metric: Objective) -> list[Section]:
                 error = f"complete, but without {metric.name!r}: has {sorted(result.metrics)}"
                 unscored.append(Unscored(result.number, config, error))
             else:
-                outcomes = folder.outcomes()
+                outcome, outcomes = _outcomes_for(metric, folder.outcomes())
                 scored.append(
                     Scored(
                         number=result.number,
@@ -147,6 +152,7 @@ def _sections(trials: Sequence[Trial], metric: Objective) -> list[Section]:
                         parameters=result.adapter_parameters,
                         seconds=result.seconds,
                         outcomes=None if outcomes is None else tuple(outcomes),
+                        outcome=outcome,
                     )
                 )
                 baselines.append(result.metrics.get(BASELINE))
@@ -156,6 +162,14 @@ def _sections(trials: Sequence[Trial], metric: Objective) -> list[Section]:
         baseline = baselines[0] if shown and len(set(baselines)) == 1 else None
         sections.append(Section(model, task, metric, tuple(scored), tuple(unscored), baseline))
     return sections
+
+
+def _outcomes_for(
+    metric: Objective, outcomes: Mapping[str, list[float]]
+) -> tuple[str, list[float] | None]:
+    """The metric's own outcomes, or the task's first ones where it is no mean over rows."""
+    name = metric.name if metric.name in outcomes else next(iter(outcomes), "")
+    return name, outcomes.get(name)
 
 
 def _cell(config: TrialConfig) -> tuple[str, str]:

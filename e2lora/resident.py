@@ -50,7 +50,7 @@ class Resident:
         task = self._data[data_key].task if data_key in self._data else load_task(config.task)
         base = self._base(f"{key}-{task.auto_class.__name__}-{task.num_labels}", config, task)
         if data_key not in self._data:
-            self._data[data_key] = tokenised(task, base.tokenizer)
+            self._data[data_key] = tokenised(task, base.processor)
         return base, self._data[data_key]
 
     def _base(self, key: str, config: TrialConfig, task: Task) -> Base:
@@ -70,6 +70,7 @@ class Resident:
                 self.dtype,
                 self.device,
                 Partitioning.of(self.spec, self.dtype),
+                task.processor,
             )
         move(base.model, self.device)
         self._bases[key] = base

@@ -45,23 +45,23 @@ class RowsRecord(Frozen):
     checksums: dict[str, int]
 
 
-def tokenised(task: Task, tokenizer: Any, cache: TokenCache | None = None) -> TrialData:
+def tokenised(task: Task, processor: Any, cache: TokenCache | None = None) -> TrialData:
     """The task with its rows, from the cache (by default this user's) where they are there."""
     cache = cache or TokenCache()
 
     def made(split: str) -> TokenRows:
-        return TokenRows.of(task.features(split, tokenizer), task.num_supervised)
+        return TokenRows.of(task.features(split, processor), task.num_supervised)
 
     try:
-        content = tokenizer_content(tokenizer)
+        content = tokenizer_content(processor)
     except (OSError, ValueError, NotImplementedError) as error:
         cache.give_up(error)
-        return TrialData(task, made("train"), made("validation"))
+        return TrialData(task, *map(made, task.splits))
 
     def rows(split: str) -> TokenRows:
         return cache.rows(rows_key(task, split, content), lambda: made(split))
 
-    return TrialData(task, rows("train"), rows("validation"))
+    return TrialData(task, *map(rows, task.splits))
 
 
 class TokenCache:

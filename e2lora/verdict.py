@@ -12,7 +12,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from e2lora.config import AdapterConfig, Objective, PlanConfig, TrialConfig, system_name
+from e2lora.config import (
+    AdapterConfig,
+    Objective,
+    PlanConfig,
+    TaskConfig,
+    TextsConfig,
+    TrialConfig,
+    system_name,
+)
 from e2lora.statistics import (
     Interval,
     PairedTest,
@@ -29,7 +37,12 @@ SIGNIFICANCE = 0.05
 
 @dataclass(frozen=True)
 class Scored:
-    """A complete trial: its metric ``value`` and, where stored, the outcome of every row."""
+    """A complete trial: its metric ``value`` and, where stored, the outcome of every row.
+
+    Attributes:
+        outcome: the metric that ``outcomes`` are of: another one where the value is no mean over
+            rows, as a correlation.
+    """
 
     number: int
     config: TrialConfig
@@ -37,6 +50,7 @@ class Scored:
     parameters: int
     seconds: float
     outcomes: tuple[float, ...] | None = None
+    outcome: str = ""
 
     @property
     def system(self) -> str:
@@ -158,16 +172,21 @@ def _pair(reference: Scored, other: Scored) -> Comparison:
     if len(a) != len(b):
         refusal = f"the two were scored on {len(a)} and {len(b)} items"
         return Comparison(reference, other, refusal=refusal)
-    tasks = [reference.config.task, other.config.task]
-    # What a text is cut to changes a classifier's answers, not what is asked; sft cuts the answers
-    # that are scored.
-    classifying = all(task.kind == "text_classification" for task in tasks)
-    a_rows, b_rows = (t.model_dump(exclude={"max_length"} if classifying else None) for t in tasks)
-    differing = [key for key in a_rows if key not in b_rows or a_rows[key] != b_rows[key]]
-    if differing:
+    if differing := _differing_rows(reference.config.task, other.config.task):
         refusal = f"their validation rows may differ (in {', '.join(differing)})"
         return Comparison(reference, other, refusal=refusal)
     return Comparison(reference, other, paired_test(a, b))
+
+
+def _differing_rows(one: TaskConfig, other: TaskConfig) -> list[str]:
+    """Options in which two tasks differ, of those that decide what is asked of a model."""
+    if type(one) is not type(other):
+        return ["kind"]
+    # What a text is cut to changes a model's answers, not what is asked; sft cuts the answers
+    # that are scored.
+    cut = {"max_length"} if isinstance(one, TextsConfig) else None
+    a_rows, b_rows = (task.model_dump(exclude=cut) for task in (one, other))
+    return [key for key in a_rows if a_rows[key] != b_rows[key]]
 
 
 def adjust(comparisons: Sequence[Comparison]) -> list[Comparison]:
@@ -176,7 +195,9 @@ def adjust(comparisons: Sequence[Comparison]) -> list[Comparison]:
     return [replace(c, adjusted_p=next(p_values)) if c.test else c for c in comparisons]
 
 
-def write_verdict(sections: Sequence[Section], progress: str, interim: bool) -> str:
+def write_verdict(
+    sections: Sequence[Section], progress: str, interim: bool, notes: Sequence[str] = ()
+) -> str:
     """What the trials show and what they don't, one statement per line.
 
     Lines that begin with ``#`` are headings, those with ``-`` items of a list.
@@ -184,6 +205,7 @@ def write_verdict(sections: Sequence[Section], progress: str, interim: bool) -> 
     Args:
         progress: how many trials have ended.
         interim: whether more trials are planned.
+        notes: on the data, that a reader must know.
     """
     compared = [compare(section) for section in sections]
     adjusted = iter(adjust([c for comparisons in compared for c in comparisons]))
@@ -202,7 +224,7 @@ def write_verdict(sections: Sequence[Section], progress: str, interim: bool) -> 
         for r in section.ranks:
             lines += _rank_lines(section, r, [c for c in mine if c.reference.r == r])
     lines.append("# How to read this")
-    lines += [f"- {line}" for line in _caveats(sections, tested, interim)]
+    lines += [f"- {line}" for line in (*_caveats(sections, tested, interim), *notes)]
     return "\n".join(lines)
 
 
@@ -246,7 +268,7 @@ def _rank_lines(section: Section, r: int, comparisons: Sequence[Comparison]) -> 
 def _finding(c: Comparison, metric: Objective) -> str:
     assert c.test is not None
     speaks = c.reference.averages_outcomes and c.other.averages_outcomes
-    subject = "" if speaks else f" in mean outcome per item (which is not {metric.name})"
+    subject = "" if speaks else f" in {c.reference.outcome} ({metric.name} has no value per item)"
     if c.adjusted_p > SIGNIFICANCE:
         return f"no significant difference{subject}"
     if not speaks:

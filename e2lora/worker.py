@@ -28,6 +28,7 @@ from e2lora.profile_cache import ProfileCache
 from e2lora.records import Evaluation, TrialFolder, write_json
 from e2lora.resident import Resident
 from e2lora.tasks import TrialData
+from e2lora.tasks.scores import Outcomes
 from e2lora.training import History, Reports, TrialStopped, run_trial
 from e2lora.training.health import OutOfMemory
 
@@ -78,16 +79,20 @@ class Link:
         wanted, last_sign = True, 0.0
         next_look = time.monotonic() + PREEMPTION_LOOK_SECONDS
 
-        def alive(step: int | None = None, measured: dict[str, float] | None = None) -> None:
+        def alive(
+            doing: str | None = None,
+            step: int | None = None,
+            measured: dict[str, float] | None = None,
+        ) -> None:
             nonlocal wanted, last_sign
             now = self.last_moved = time.monotonic()
             if self.rank == 0 and now - last_sign > SIGN_OF_LIFE_SECONDS:
                 last_sign = now
-                wanted = self.tell("alive", token, step, measured)
+                wanted = self.tell("alive", token, step, measured, doing)
 
         def on_step(step: int, measured: dict[str, float]) -> bool:
             nonlocal next_look
-            alive(step, measured or None)
+            alive(step=step, measured=measured or None)
             # only a step leaves something to save
             looks = bool(measured) and time.monotonic() > next_look
             go_on, looks = self._echo((wanted, looks))
@@ -100,7 +105,7 @@ class Link:
             next_look = time.monotonic() + wait
             return noticed
 
-        def on_evaluation(evaluation: Evaluation, outcomes: list[float], history: History) -> None:
+        def on_evaluation(evaluation: Evaluation, outcomes: Outcomes, history: History) -> None:
             told = (token, evaluation.model_dump(), outcomes, history)
             if not self.call("report", *told):
                 raise TrialStopped(token)
@@ -149,7 +154,7 @@ class Work:
 
 
 def run_trial_job(work: Work) -> dict[str, Any]:
-    """Payload: ``folder`` of the trial, which holds its plan.json."""
+    """Payload: ``folder`` of the trial, which holds its plan.json; ``test`` to score test rows."""
     folder = TrialFolder(Path(work.payload["folder"]))
     plan = folder.plan()
     measured_on = plan.measured_on.model_fingerprint if plan.measured_on else None
@@ -159,9 +164,19 @@ def run_trial_job(work: Work) -> dict[str, Any]:
             f"{measured_on}, the model {work.config.model.name!r} now has {work.base.fingerprint}. "
             "Remove the study's profiles folder to measure again, or restore the weights."
         )
-    trained = run_trial(work.base, work.data, plan, work.config, folder, work.reports, work.group)
+    trained = run_trial(
+        work.base,
+        work.data,
+        plan,
+        work.config,
+        folder,
+        work.reports,
+        work.group,
+        score_test="test" in work.payload,
+    )
     return {
         "metrics": trained.final.metrics,
+        "test_metrics": trained.test_metrics,
         "gradient_accumulation_steps": trained.accumulation,
         "adapter_parameters": trained.adapter_parameters,
         "head_parameters": trained.head_parameters,

@@ -17,7 +17,7 @@ from hypothesis.stateful import (
     rule,
 )
 
-from e2lora.broker import Attempt, Broker, Job
+from e2lora.broker import Attempt, Broker, Job, Running
 from e2lora.config import GroupSpec
 
 SPEC = GroupSpec(
@@ -84,17 +84,21 @@ def test_job_is_handed_out_reported_and_completed(broker: Broker) -> None:
     broker.submit(job())
     attempt = take(broker)
     assert attempt.job == job()
-    assert broker.progress() == {"study/7": (0, 1, {})}
+    assert broker.progress() == {"study/7": Running(0, 1, {})}
     assert broker.busy_groups() == {"g1"}
     assert broker.alive(attempt.token, 2)
-    assert broker.progress() == {"study/7": (2, 1, {})}
-    assert broker.report(attempt.token, evaluation(3), [1.0, 0.0], {})
+    assert broker.progress() == {"study/7": Running(2, 1, {})}
+    assert broker.report(attempt.token, evaluation(3), {"right": [1.0, 0.0]}, {})
     assert not news(broker).ended
     assert broker.complete(attempt.token, {"metrics": {"accuracy": 0.5}})
     told = news(broker)
     assert told.ended
     assert (told.result, told.error) == ({"metrics": {"accuracy": 0.5}}, None)
-    assert (told.evaluations, told.outcomes, told.attempts) == ([evaluation(3)], [1.0, 0.0], 1)
+    assert (told.evaluations, told.outcomes, told.attempts) == (
+        [evaluation(3)],
+        {"right": [1.0, 0.0]},
+        1,
+    )
     assert broker.progress() == broker.demand() == {}
     assert broker.busy_groups() == set()
 
@@ -134,7 +138,7 @@ def test_client_is_told_only_what_is_new(broker: Broker) -> None:
     attempt = take(broker)
     broker.alive(attempt.token, 1)
     assert broker.update("study/7", 0) is None, "a sign of life is no news"
-    broker.report(attempt.token, evaluation(3), [1.0], {})
+    broker.report(attempt.token, evaluation(3), {"right": [1.0]}, {})
     version, _ = broker.update("study/7", 0) or pytest.fail("an evaluation is news")
     assert broker.update("study/7", version) is None
 
@@ -283,18 +287,18 @@ def test_evaluations_are_kept_by_step_and_in_order(broker: Broker) -> None:
     broker.submit(job())
     first = take(broker)
     broker.report(first.token, evaluation(3, 0.3), [0.0], {})
-    broker.report(first.token, evaluation(6, 0.6), [1.0], {})
+    broker.report(first.token, evaluation(6, 0.6), {"right": [1.0]}, {})
     again = take(broker)  # the group restarted; the attempt resumes after step 3
     told = broker.update("study/7", -1)
     assert told is not None
     version, _ = told
-    assert broker.report(again.token, evaluation(6, 0.6), [1.0], {}), "accepted, but"
+    assert broker.report(again.token, evaluation(6, 0.6), {"right": [1.0]}, {}), "accepted, but"
     assert broker.update("study/7", version) is None, "a duplicate is no news"
-    assert broker.report(again.token, evaluation(9, 0.9), [1.0], {})
+    assert broker.report(again.token, evaluation(9, 0.9), {"right": [1.0]}, {})
     assert not broker.report(first.token, evaluation(12), [0.0], {})
     update = news(broker)
     assert update.evaluations == [evaluation(3, 0.3), evaluation(6, 0.6), evaluation(9, 0.9)]
-    assert update.outcomes == [1.0]
+    assert update.outcomes == {"right": [1.0]}
 
 
 # ---- the pool ---------------------------------------------------------------------------------
@@ -428,7 +432,9 @@ class Protocol(RuleBasedStateMachine):
     @rule(token=tokens, step=st.integers(1, 3))
     def report(self, token: str, step: int) -> None:
         key = self.accepted(token)
-        assert self.broker.report(token, evaluation(step), [1.0], {}) == (key is not None)
+        assert self.broker.report(token, evaluation(step), {"right": [1.0]}, {}) == (
+            key is not None
+        )
         if key is not None:
             self.steps[key].add(step)
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from e2lora.records import Evaluation
+from e2lora.tasks.scores import RowScore
 from e2lora.training import checkpoint
 from e2lora.training.checkpoint import MARKER, TrainState, load_checkpoint, save_checkpoint
 
@@ -32,7 +33,10 @@ def state(step: int = 3, identity: str = "trial a", **tensors: torch.Tensor) -> 
         },
         history={"loss": [0.1 + i / 3 for i in range(step)]},
         evaluations=[Evaluation(step=step, metrics={"accuracy": 1 / 3, "loss": 0.7})],
-        outcomes=[1.0, 0.0, 1.0],
+        scores=[
+            RowScore({"accuracy": 1.0}, 0.25, 1, "good", ["good", 1]),
+            RowScore({"accuracy": 0.0}, 1.0, 2),
+        ],
     )
 
 
@@ -42,7 +46,7 @@ def require_equal(loaded: TrainState | None, expected: TrainState) -> None:
     for name, tensor in expected.tensors.items():
         assert loaded.tensors[name].dtype == tensor.dtype
         assert torch.equal(loaded.tensors[name], tensor), name
-    for field in ("step", "identity", "history", "evaluations", "outcomes"):
+    for field in ("step", "identity", "history", "evaluations", "scores"):
         assert getattr(loaded, field) == getattr(expected, field), "exact, no digit lost"
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from e2lora import evaluate, prefetch
 from e2lora.assets import resolve
-from e2lora.config import SftConfig, TextClassificationConfig, TrainConfig
+from e2lora.config import GenerationConfig, SftConfig, TextClassificationConfig, TrainConfig
 from e2lora.data import (
     Batches,
     RowStream,
@@ -31,7 +32,7 @@ from e2lora.data import (
 )
 from e2lora.prefetch import made_ahead
 from e2lora.tasks import TokenRows, TrialData, load_task
-from e2lora.tasks.scores import RowScore
+from e2lora.tasks.scores import Judgement, RowScore
 
 lengths_of_rows = st.lists(st.integers(1, 200), min_size=1, max_size=70)
 batch_sizes = st.integers(1, 40)
@@ -353,6 +354,8 @@ class Parity(nn.Module):
 class FakeTask:
     """Rows carry their own number; their outcome is known, and every row seen is counted."""
 
+    splits = ("train", "validation")
+
     def __init__(self) -> None:
         self.batches: list[list[int]] = []
 
@@ -364,11 +367,9 @@ class FakeTask:
         numbers = batch["numbers"].tolist()
         self.batches.append(numbers)
         outcomes = model(batch["numbers"]).tolist()
-        return [RowScore(outcome, 0.5 * n, 1) for outcome, n in zip(outcomes, numbers, strict=True)]
-
-    def metrics(self, scores: Sequence[RowScore]) -> dict[str, float]:
-        weighted = sum(place * row.loss for place, row in enumerate(scores))
-        return {"accuracy": sum(row.outcome for row in scores) / len(scores), "in order": weighted}
+        return [
+            RowScore({"even": even}, 0.5 * n, 1) for even, n in zip(outcomes, numbers, strict=True)
+        ]
 
 
 class FakeGroup:
@@ -396,56 +397,116 @@ def features(num_rows: int) -> list[dict[str, Any]]:
     return [{"input_ids": [7] * length, "number": i} for i, length in enumerate(lengths)]
 
 
-def evaluate_once(num_rows: int, group: Any = None, batch_size: int = 3) -> Any:
+def score_once(num_rows: int, group: Any = None, batch_size: int = 3) -> Any:
+    """The scores of all rows, and what this worker computed together."""
     task, model = FakeTask(), Parity().train()
-    beats: list[int] = []
-    metrics, outcomes = evaluate.evaluate(
+    data = TrialData(task, [], features(num_rows))  # type: ignore[arg-type]
+    told: list[tuple[int, int]] = []
+    scores = evaluate.score_rows(
         model,
-        task,  # type: ignore[arg-type]
+        data,
+        "validation",
         "tokenizer",
-        features(num_rows),
         batch_size,
         group,
-        on_batch=lambda: beats.append(1),
+        on_rows=lambda done, total: told.append((done, total)),
     )
     assert model.training
     assert set(model.modes) <= {(False, False)}
-    assert len(beats) == len(task.batches), "a sign of life for each batch"
-    return metrics, outcomes, task.batches
+    mine = list(itertools.accumulate(map(len, task.batches)))
+    assert told == [(done, mine[-1]) for done in mine], "after each batch"
+    return scores, task.batches
 
 
-@pytest.mark.parametrize("num_rows", [1, 2, 7, 12])
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_sharded_evaluation_is_that_of_one_worker_each_row_once(
-    num_rows: int, world: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    expected = evaluate_once(num_rows)
-    assert expected[1] == [float(i % 2 == 0) for i in range(num_rows)], "in row order"
+def on_workers(
+    world: int, monkeypatch: pytest.MonkeyPatch, work: Callable[[Any], Any]
+) -> list[Any]:
+    """What each of the workers comes to; they are threads."""
     group = FakeGroup(world)
     monkeypatch.setattr(evaluate, "dist", group)
     results: dict[int, Any] = {}
 
-    def work(rank: int) -> None:
+    def run(rank: int) -> None:
         group.here.rank = rank
-        results[rank] = evaluate_once(num_rows, group)
+        results[rank] = work(group)
 
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(world)]
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(results) == world
-    for metrics, outcomes, _ in results.values():
-        assert (metrics, outcomes) == expected[:2]
-    seen = [row for _, _, batches in results.values() for batch in batches for row in batch]
-    assert sorted(seen) == list(range(num_rows))
+    return [results[rank] for rank in range(world)]
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 7, 12])
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_workers_score_each_row_once_and_in_the_batches_that_one_worker_has(
+    num_rows: int, world: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, whole = score_once(num_rows)
+    assert [score.outcomes["even"] for score in expected] == [i % 2 == 0 for i in range(num_rows)]
+    results = on_workers(world, monkeypatch, lambda group: score_once(num_rows, group))
+    assert all(scores == expected for scores, _ in results), "in row order, on every worker"
+    computed = [batch for _, batches in results for batch in batches]
+    assert sorted(computed) == sorted(whole), "two workers score exactly as one"
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 100])
-def test_evaluation_does_not_depend_on_the_batch_size(batch_size: int) -> None:
-    metrics, outcomes, batches = evaluate_once(11, batch_size=batch_size)
-    assert (metrics, outcomes) == evaluate_once(11)[:2]
+def test_scores_do_not_depend_on_the_batch_size(batch_size: int) -> None:
+    scores, batches = score_once(11, batch_size=batch_size)
+    assert scores == score_once(11)[0]
     assert max(len(batch) for batch in batches) == min(batch_size, 11)
+
+
+class FakeWriter(FakeTask):
+    """Prompts are a row's number, so often as says another; the text repeats it."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.options = GenerationConfig(batch_size=2, **options)
+        self.judged: list[int] = []
+
+    def generation(self, split: str) -> GenerationConfig:
+        return self.options
+
+    def prompts(self, split: str, tokenizer: Any) -> list[list[int]]:
+        return [[i] * (1 + i * 5 % 7) for i in range(9)]
+
+    def judge(self, split: str, numbers: Any, texts: Any) -> list[Judgement]:
+        self.judged += numbers
+        assert texts == [[f"text {i}"] for i in numbers]
+        return [Judgement({"right": i % 3 == 0}, texts[0], "") for i in numbers]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize(("limit", "split"), [(None, "validation"), (5, "validation"), (5, "test")])
+def test_answers_are_written_and_judged_once_each(
+    world: int, limit: int | None, split: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(
+        model: Any, tokenizer: Any, prompts: Any, config: Any, numbers: Any, synced: Any
+    ) -> Any:
+        assert len(prompts) <= config.batch_size
+        assert [prompt[0] for prompt in prompts] == numbers
+        return [[f"text {i}"] for i in numbers]
+
+    monkeypatch.setattr(evaluate, "write", write)
+    before = [RowScore({"nll": float(i)}, 1.0, 1) for i in range(9)]
+
+    def work(group: Any) -> Any:
+        task = FakeWriter(max_validation_rows=limit)
+        data = TrialData(task, [], [])  # type: ignore[arg-type]
+        model = Parity()
+        return evaluate.judge_answers(model, data, split, "tokenizer", before, group), task.judged
+
+    results = on_workers(world, monkeypatch, work)
+    num_judged = 5 if limit and split == "validation" else 9
+    assert sorted(i for _, judged in results for i in judged) == list(range(num_judged))
+    for scores, _ in results:
+        outcomes = [score.outcomes for score in scores]
+        assert outcomes == [
+            {"nll": float(i), **({"right": i % 3 == 0} if i < num_judged else {})} for i in range(9)
+        ]
 
 
 @given(st.integers(1, 30), st.integers(1, 5), st.integers(0, 9))

@@ -515,7 +515,7 @@ def test_adapter_of_a_trial_is_exported_by_the_command(
         assert "resolve" not in code_of(tmp_path / form)
     assert "vLLM and llama.cpp refuse adapters that bring a head" in told.err
 
-    batch = data.task.collate(data.validation[:8], base.tokenizer)
+    batch = data.task.collate(data.validation[:8], base.processor)
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
     monkeypatch.chdir(place.adapter)
     names: dict[str, Any] = {}

@@ -247,6 +247,6 @@ def test_gpt2_without_a_token_for_padding_is_profiled_on_texts_of_unlike_length(
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     byte_tokenizer(eos_token=EOS).save_pretrained(tmp_path)
     base = load_base(ModelConfig(name=str(tmp_path)), AutoModelForSequenceClassification, 2, F32)
-    assert base.tokenizer.pad_token_id == base.model.config.pad_token_id == 1
-    batch = base.tokenizer(["good", "not good at all"], padding=True, return_tensors="pt")
+    assert base.processor.pad_token_id == base.model.config.pad_token_id == 1
+    batch = base.processor(["good", "not good at all"], padding=True, return_tensors="pt")
     assert base.model(**batch).logits.shape == (2, 2)

@@ -171,7 +171,7 @@ class Plain:
     def batch(self, step: int) -> dict[str, Tensor]:
         size = self.config.training.global_batch_size
         rows = step_rows(self.data.lengths, step, size, self.config.seed)
-        tokenizer = self.base.tokenizer
+        tokenizer = self.base.processor
         return self.data.task.collate([self.data.train[i] for i in rows], tokenizer)
 
     def loss(self, model: Any, step: int) -> Tensor:

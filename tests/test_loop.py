@@ -124,7 +124,7 @@ def test_stopped_trial_that_is_killed_late_ends_as_it_would_have(
 def test_patience_that_is_never_exhausted_trains_to_the_end_and_keeps_the_best(
     resident: tuple[Base, TrialData], tmp_path: Path
 ) -> None:
-    stopping = EarlyStopping(metric="loss", direction="maximize", patience=9, min_delta=1e9)
+    stopping = EarlyStopping(patience=9, min_delta=1e9)
     config = with_training(SMALL, eval_every=2, early_stopping=stopping)
     trained = train(resident, config, tmp_path / "run")
     assert len(trained.losses) == 6
@@ -134,9 +134,9 @@ def test_patience_that_is_never_exhausted_trains_to_the_end_and_keeps_the_best(
 def test_metric_that_the_task_has_not_is_refused_before_the_first_step(
     resident: tuple[Base, TrialData], tmp_path: Path
 ) -> None:
-    stopping = EarlyStopping(metric="f1", direction="maximize")
+    stopping = EarlyStopping(metric="recall", direction="maximize")
     config = with_training(SMALL, eval_every=2, early_stopping=stopping)
-    with pytest.raises(ValueError, match=r"metric='f1'.*accuracy"):
+    with pytest.raises(ValueError, match=r"metric='recall'.*accuracy"):
         train(resident, config, tmp_path / "run")
 
 
@@ -271,7 +271,7 @@ def test_packed_training_has_the_losses_of_padded_training(tmp_path: Path) -> No
     model = tiny_llama(tmp_path / "model", tied=True)
     base = load_base(model, AutoModelForCausalLM, None, torch.float32)
     task = task_of(tmp_path / "data", [{**row, "answer": "warm and dark"} for row in ROWS])
-    data = TrialData(task, *(task.features(s, base.tokenizer) for s in ("train", "validation")))
+    data = TrialData.of(task, base.processor)
     config = causal(model, task)
     padded = train((base, data), config, tmp_path / "padded")
     packed = train((base, data), with_training(config, packing=True), tmp_path / "packed")

@@ -316,7 +316,7 @@ def load_small(dtype: torch.dtype = torch.float32) -> tuple[Base, TrialData]:
     config = small()
     task = load_task(config.task)
     base = load_base(config.model, task.auto_class, task.num_labels, dtype)
-    train, validation = (task.features(s, base.tokenizer) for s in ("train", "validation"))
+    train, validation = (task.features(s, base.processor) for s in ("train", "validation"))
     return base, TrialData(task, train, validation)
 
 
@@ -382,7 +382,7 @@ def test_resumed_trial_measures_nothing_again_and_is_the_same_bit_for_bit(tmp_pa
     assert files[0].read_bytes() == files[1].read_bytes()
     base, _ = load_small()
     loaded = load_adapter(base.model, places[0].adapter).eval()
-    batch = data.task.collate(data.validation, base.tokenizer)
+    batch = data.task.collate(data.validation, base.processor)
     with torch.no_grad():
         loss = float(data.task.loss_sum(loaded, batch)) / len(data.validation)
     assert loss == pytest.approx(whole.evaluations[-1].metrics["loss"], rel=1e-5)

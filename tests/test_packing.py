@@ -323,16 +323,16 @@ def test_smollm2_learns_from_packed_gsm8k_what_it_learns_from_padded() -> None:
     base = load_base(
         ModelConfig(name=model_folder("smollm2-135m")), task.auto_class, None, torch.float32
     )
-    rows = task.features("validation", base.tokenizer)
-    require_packs(base.model, trial_data(task, rows), base.tokenizer)
+    rows = task.features("validation", base.processor)
+    require_packs(base.model, trial_data(task, rows), base.processor)
     ordered = sorted(rows, key=lambda row: len(row["input_ids"]))
     room = len(ordered[0]["input_ids"]) + len(ordered[1]["input_ids"])
     chosen = [*ordered[:4], next(row for row in ordered if len(row["input_ids"]) >= room)]
     weight = base.model.model.layers[3].self_attn.q_proj.weight.requires_grad_()
-    batch = task.pack(chosen, base.tokenizer)
+    batch = task.pack(chosen, base.processor)
     assert len(batch["input_ids"]) < len(chosen)
     loss = task.loss_sum(base.model, batch)
-    expected = task.loss_sum(base.model, task.collate(chosen, base.tokenizer))
+    expected = task.loss_sum(base.model, task.collate(chosen, base.processor))
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
     (gradient,), (other,) = (torch.autograd.grad(total, weight) for total in (loss, expected))
     assert float((gradient - other).norm() / other.norm()) < 1e-5

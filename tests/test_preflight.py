@@ -167,12 +167,12 @@ def test_objective_that_no_task_reports_is_refused(
     space = types.ModuleType("faulty_space")
     space.study = replace(  # type: ignore[attr-defined]
         study,
-        objectives=(Objective(name="f1", direction="maximize"),),
+        objectives=(Objective(name="recall", direction="maximize"),),
         points=study.points if with_points else (),
     )
     monkeypatch.setitem(sys.modules, "faulty_space", space)
     assert run_command("faulty_space", None, tmp_path, None, isolated=False) == 2
-    assert "'f1'" in capsys.readouterr().err
+    assert "'recall'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["a/b", "../up", "", " "])

@@ -37,7 +37,7 @@ def loaded() -> tuple[Base, TrialData]:
     config = trial()
     task = load_task(config.task)
     base = load_base(config.model, task.auto_class, task.num_labels, torch.float32)
-    rows = (task.features(split, base.tokenizer) for split in ("train", "validation"))
+    rows = (task.features(split, base.processor) for split in ("train", "validation"))
     return base, TrialData(task, *rows)
 
 

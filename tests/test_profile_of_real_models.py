@@ -59,7 +59,7 @@ def by_autograd(request: Request) -> dict[str, list[float]]:
     task = load_task(request.task)
     base = load_base(request.model, task.auto_class, task.num_labels, torch.float32)
     reset_head(base.model, base.head, request.seed)
-    rows = task.features("train", base.tokenizer)
+    rows = task.features("train", base.processor)
     lengths = [len(row["input_ids"]) for row in rows]
     numbers = calibration_folds(lengths, 10, 2, request.seed)
     targets = find_targets(base.model, request.adapter.target_modules)
@@ -70,7 +70,7 @@ def by_autograd(request: Request) -> dict[str, list[float]]:
 
     def stds(chosen: Sequence[int]) -> list[float]:
         batch = [rows[i] for i in chosen]
-        loss: Any = sum(task.loss_sum(base.model, task.collate([r], base.tokenizer)) for r in batch)
+        loss: Any = sum(task.loss_sum(base.model, task.collate([r], base.processor)) for r in batch)
         gradients = torch.autograd.grad(loss / task.num_supervised(batch), list(weights.values()))
         return [gradient.double().std(correction=0).item() for gradient in gradients]
 

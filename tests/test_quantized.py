@@ -252,7 +252,7 @@ def test_profile_of_a_real_model_is_that_of_what_its_bits_mean() -> None:
     assert quantised.head == plain.head
     assert quantised.fingerprint != plain.fingerprint
     plain = replace(plain, model=with_floats(quantised.model, plain.model))
-    features = (task.features(split, plain.tokenizer) for split in ("train", "validation"))
+    features = (task.features(split, plain.processor) for split in ("train", "validation"))
     data = TrialData(task, *features)
     profiles = [measure_profile(base, data, trial) for base in (quantised, plain)]
     for one, other in zip(*(profile.layers for profile in profiles), strict=True):

@@ -384,7 +384,7 @@ def test_attempt_that_has_lost_its_trial_stops_at_its_next_step(
         now[0] += 0.1
         reports.on_step(step, {"loss": 1.0 / step})
     assert 3 <= len(signs) <= 4, "one a second, however short the steps are"
-    assert all(measured == {"loss": 1.0 / step} for _, step, measured in signs)
+    assert all(measured == {"loss": 1.0 / step} for _, step, measured, _ in signs)
     here.broker.lose(attempt.token, "its node is gone")
     now[0] += 2.0
     with pytest.raises(TrialStopped):

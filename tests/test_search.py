@@ -23,10 +23,11 @@ from optuna.storages.journal import JournalFileBackend
 
 from e2lora.adapters import FAMILIES, count_parameters
 from e2lora.adapters.storage import load_adapter
-from e2lora.evaluate import evaluate
+from e2lora.evaluate import score_rows
 from e2lora.models import load_base
 from e2lora.records import StudyFolder, TrialFolder
-from e2lora.tasks import load_task
+from e2lora.tasks import TrialData, load_task
+from e2lora.tasks.scores import outcomes_of
 
 ROOT = Path(__file__).resolve().parents[1]
 NAME = "small"
@@ -230,9 +231,9 @@ def test_study_over_every_family_completes_and_each_trial_can_be_loaded(tmp_path
         base = load_base(config.model, task.auto_class, task.num_labels, torch.float32)
         loaded = load_adapter(base.model, trial.adapter)
         assert count_parameters(loaded) == (result.adapter_parameters, result.head_parameters)
-        rows = task.features("validation", base.tokenizer)
-        _, outcomes = evaluate(loaded, task, base.tokenizer, rows, 64)
-        assert outcomes == trial.outcomes(), config.system
+        data = TrialData.of(task, base.processor)
+        scores = score_rows(loaded, data, "validation", base.processor, 64)
+        assert outcomes_of(scores) == trial.outcomes(), config.system
 
 
 @pytest.fixture

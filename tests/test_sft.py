@@ -21,13 +21,13 @@ from e2lora.config import (
     TrainConfig,
     TrialConfig,
 )
-from e2lora.evaluate import evaluate
+from e2lora.evaluate import score_rows
 from e2lora.models import Base, load_base, load_structure
 from e2lora.moments import Target
 from e2lora.plan import build_plan
 from e2lora.records import TrialFolder
 from e2lora.tasks import TrialData, load_task
-from e2lora.tasks.scores import RowScore
+from e2lora.tasks.scores import RowScore, outcomes_of
 from e2lora.training import Reports, run_trial
 from e2lora.weights import weights_fingerprint
 from tests.conftest import data_folder, model_folder
@@ -131,8 +131,8 @@ def test_labels_stand_on_the_answer_and_its_eos_only(tmp_path: Path, begin: str,
 def test_template_prompt_and_answer_may_hold_braces(tmp_path: Path, base: Base) -> None:
     rows = [{"prompt": "{x} {prompt} {{}} {0}", "answer": "{answer}{"}] * 4
     task = task_of(tmp_path / "data", rows, template="{0} {prompt}\n{{")
-    (row, *_) = task.features("train", base.tokenizer)
-    text = base.tokenizer.decode(row["input_ids"])
+    (row, *_) = task.features("train", base.processor)
+    text = base.processor.decode(row["input_ids"])
     assert text == BOS + "{0} {x} {prompt} {{}} {0}\n{{" + "{answer}{" + EOS
 
 
@@ -140,13 +140,13 @@ def test_columns_are_taken_by_their_names(tmp_path: Path, base: Base) -> None:
     renamed = [{"q": row["prompt"], "a": row["answer"], "answer": 5} for row in ROWS]
     task = task_of(tmp_path / "renamed", renamed, prompt_column="q", answer_column="a")
     usual = task_of(tmp_path / "usual")
-    assert task.features("train", base.tokenizer) == usual.features("train", base.tokenizer)
+    assert task.features("train", base.processor) == usual.features("train", base.processor)
 
 
 def test_long_answer_is_cut_and_only_an_uncut_one_ends_with_eos(tmp_path: Path, base: Base) -> None:
     rows = [{"prompt": "p", "answer": "a" * n} for n in (1, 4, 5, 6, 30)]
     task = task_of(tmp_path / "data", rows, max_length=9)  # bos, p and newline leave 6
-    answers = [base.tokenizer.decode(learnt(row)) for row in task.features("train", base.tokenizer)]
+    answers = [base.processor.decode(learnt(row)) for row in task.features("train", base.processor)]
     assert answers == [f"a{EOS}", f"aaaa{EOS}", f"aaaaa{EOS}", "aaaaaa", "aaaaaa"]
 
 
@@ -173,8 +173,8 @@ def test_loss_and_gradient_are_those_of_transformers(
 ) -> None:
     task = task_of(tmp_path / "data")
     base = load_base(model_config, task.auto_class, task.num_labels, dtype)
-    rows = task.features("train", base.tokenizer)
-    batch, count = task.collate(rows, base.tokenizer), task.num_supervised(rows)
+    rows = task.features("train", base.processor)
+    batch, count = task.collate(rows, base.processor), task.num_supervised(rows)
     weight = base.model.get_input_embeddings().weight.requires_grad_()
     assert count == sum(len(row["answer"]) + 1 for row in ROWS)
 
@@ -189,29 +189,31 @@ def test_loss_and_gradient_are_those_of_transformers(
 
 def test_scores_and_metrics_are_means_over_rows_and_over_tokens(tmp_path: Path, base: Base) -> None:
     task = task_of(tmp_path / "data")
-    rows = task.features("validation", base.tokenizer)
+    rows = task.features("validation", base.processor)
     means = []  # of each row, alone in its batch, by transformers
     for row in rows:
         batch = {key: torch.tensor([value]) for key, value in row.items()}
         means.append(base.model(**batch).loss.item())
     lengths = [len(learnt(row)) for row in rows]
-    metrics, outcomes = evaluate(base.model, task, base.tokenizer, rows, batch_size=5)
-    assert outcomes == pytest.approx(means, rel=1e-5)
+    data = TrialData.of(task, base.processor)
+    scores = score_rows(base.model, data, "validation", base.processor, batch_size=5)
+    assert outcomes_of(scores)["nll"] == pytest.approx(means, rel=1e-5)
+    metrics = task.metrics(scores)
     loss = sum(m * n for m, n in zip(means, lengths, strict=True)) / sum(lengths)
     expected = {"nll": fmean(means), "loss": loss, "perplexity": math.exp(loss)}
     assert metrics == pytest.approx(expected, rel=1e-5)
-    assert tuple(metrics) == task.metric_names
+    assert tuple(metrics) == tuple(task.directions)
     assert metrics["nll"] != pytest.approx(metrics["loss"], rel=1e-3), "rows differ in length"
-    assert metrics["nll"] == pytest.approx(fmean(outcomes), rel=1e-12), "so tests speak of nll"
+    assert metrics["nll"] == pytest.approx(fmean(outcomes_of(scores)["nll"]), rel=1e-12)
 
 
 def test_padding_and_company_change_no_row(tmp_path: Path, base: Base) -> None:
     task = task_of(tmp_path / "data")
-    rows = task.features("train", base.tokenizer)
-    whole = task.collate(rows, base.tokenizer)
+    rows = task.features("train", base.processor)
+    whole = task.collate(rows, base.processor)
     with torch.no_grad():
         together = task.score(base.model, whole)
-        alone = [task.score(base.model, task.collate([r], base.tokenizer))[0] for r in rows]
+        alone = [task.score(base.model, task.collate([r], base.processor))[0] for r in rows]
         loss = task.loss_sum(base.model, whole).item()
         whole["input_ids"][whole["attention_mask"] == 0] = 77
         other_padding = task.score(base.model, whole)
@@ -222,7 +224,7 @@ def test_padding_and_company_change_no_row(tmp_path: Path, base: Base) -> None:
 
 
 def test_perplexity_of_a_model_gone_astray_is_still_a_number(tmp_path: Path) -> None:
-    metrics = task_of(tmp_path / "data").metrics([RowScore(5000.0, 10000.0, 2)])
+    metrics = task_of(tmp_path / "data").metrics([RowScore({"nll": 5000.0}, 10000.0, 2)])
     assert metrics["loss"] == 5000.0
     assert math.isfinite(metrics["perplexity"])
 
@@ -264,21 +266,21 @@ def test_prompt_that_leaves_no_room_is_refused_with_its_row_in_the_file(
     rows = [{"prompt": "p" * (16 if i == 9 else 5), "answer": "a"} for i in range(12)]
     options = {"validation_split": validation_split, "validation_size": 2, "split_seed": 1}
     fits = task_of(tmp_path / "data", rows, max_length=19, **options)
-    assert len(learnt(fits.features("train", base.tokenizer)[0])) == 2
+    assert len(learnt(fits.features("train", base.processor)[0])) == 2
     task = task_of(tmp_path / "data", rows, max_length=18, **options)
     message = (
         r"train row 9 of .*has 18 prompt tokens, max_length is 18: 'p{16}'\. Raise `max_length` or"
     )
     with pytest.raises(ValueError, match=message):
-        task.features("train", base.tokenizer)
+        task.features("train", base.processor)
 
 
 def test_prompt_without_tokens_is_refused(tmp_path: Path, base: Base) -> None:
     rows = [*ROWS, {"prompt": "", "answer": "a"}]
-    task_of(tmp_path / "data", rows).features("train", base.tokenizer)  # the template has one
+    task_of(tmp_path / "data", rows).features("train", base.processor)  # the template has one
     task = task_of(tmp_path / "data", rows, template="{prompt}")
     with pytest.raises(ValueError, match=r"train row 12 of .*has none: ''.*Correct or drop"):
-        task.features("train", base.tokenizer)
+        task.features("train", base.processor)
 
 
 def test_tokenizer_without_eos_is_refused(tmp_path: Path) -> None:
@@ -321,7 +323,6 @@ def test_training_teaches_the_answers_and_leaves_the_base(
     tmp_path: Path, model_config: ModelConfig, base: Base, topology: str
 ) -> None:
     task = task_of(tmp_path / "data", [{**row, "answer": "warm and dark"} for row in ROWS])
-    train, validation = (task.features(s, base.tokenizer) for s in ("train", "validation"))
     config = TrialConfig(
         model=model_config,
         task=task.config,
@@ -330,15 +331,16 @@ def test_training_teaches_the_answers_and_leaves_the_base(
         training=TrainConfig(max_steps=30, learning_rate=0.03, global_batch_size=8, eval_every=10),
     )
     plan = build_plan(attention_targets(), config.plan, None)
-    before, _ = evaluate(base.model, task, base.tokenizer, validation, batch_size=8)
+    data = TrialData.of(task, base.processor)
+    before = task.metrics(score_rows(base.model, data, "validation", base.processor, 8))
     heard: list[list[float]] = []
     trained = run_trial(
         base,
-        TrialData(task, train, validation),
+        data,
         plan,
         config,
         TrialFolder(tmp_path / "00000"),
-        Reports(on_evaluation=lambda evaluation, outcomes, history: heard.append(outcomes)),
+        Reports(on_evaluation=lambda evaluation, outcomes, history: heard.append(outcomes["nll"])),
     )
     assert trained.losses[0] == pytest.approx(before["loss"], rel=0.05)
     nlls = [before["nll"], *(evaluation.metrics["nll"] for evaluation in trained.evaluations)]
@@ -380,16 +382,16 @@ def test_gsm8k_is_read_whole_and_scored_by_a_real_model() -> None:
     model = ModelConfig(name=model_folder("smollm2-135m"))
     base = load_base(model, task.auto_class, task.num_labels, torch.float32)
     assert base.head == ()
-    train, validation = (task.features(s, base.tokenizer) for s in ("train", "validation"))
+    train, validation = (task.features(s, base.processor) for s in ("train", "validation"))
     assert (len(train), len(validation)) == (task.num_rows("train"), 50)
     with open(Path(data_folder("gsm8k")) / "train.jsonl", encoding="utf-8") as lines:
         for line, row in zip(lines, train, strict=True):
             given, (*answer, end) = json.loads(line), learnt(row)
-            assert end == base.tokenizer.eos_token_id
-            assert base.tokenizer.decode(answer) == given["answer"]
-            text = base.tokenizer.decode(row["input_ids"][:-1])
+            assert end == base.processor.eos_token_id
+            assert base.processor.decode(answer) == given["answer"]
+            text = base.processor.decode(row["input_ids"][:-1])
             assert text == f"{given['question']}\nAnswer: {given['answer']}"
-    batch = task.collate(validation[:3], base.tokenizer)
+    batch = task.collate(validation[:3], base.processor)
     with torch.no_grad():
         total = task.loss_sum(base.model, batch).item()
         expected = base.model(**batch).loss.item() * task.num_supervised(validation[:3])

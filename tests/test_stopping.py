@@ -42,7 +42,15 @@ def test_nothing_evaluated_yet_is_not_over() -> None:
 
 
 def test_metric_that_the_task_lacks_is_refused() -> None:
-    require_metric(LOSS, ("loss",))
-    require_metric(None, ())
+    require_metric(LOSS, {"loss": "minimize"})
+    require_metric(None, {})
     with pytest.raises(ValueError, match=r"metric='loss'.*\['accuracy'\].*Correct"):
-        require_metric(LOSS, ("accuracy",))
+        require_metric(LOSS, {"accuracy": "maximize", "loss": None})
+
+
+def test_direction_that_is_not_the_metrics_is_refused() -> None:
+    require_metric(ACCURACY, {"accuracy": "maximize"})
+    with pytest.raises(
+        ValueError, match=r"is one to minimize; got.*'maximize'.*Correct"
+    ):
+        require_metric(ACCURACY, {"accuracy": "minimize"})

@@ -128,6 +128,15 @@ def test_named_splits_are_used_and_validation_is_cut_to_its_size(
     assert texts(whole, "validation", tokenizer) == [row["text"] for row in held]
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_labels_are_those_of_the_training_file_whatever_is_carved(
+    tmp_path: Path, seed: int
+) -> None:
+    rows = [{"text": f"text {i}", "label": f"only of {i}"} for i in range(10)]
+    task = task_of(folder_of(tmp_path / "data", train=rows), validation_size=5, split_seed=seed)
+    assert task.num_labels == 10
+
+
 def texts(task: Any, split: str, tokenizer: Any) -> list[str]:
     rows = task.features(split, tokenizer)
     return [tokenizer.decode(row["input_ids"], skip_special_tokens=True) for row in rows]
@@ -210,7 +219,7 @@ def test_losses_are_those_of_torch(
     assert [score.loss for score in scores] == pytest.approx(expected.tolist())
     assert {score.supervised for score in scores} == {1}
     right = [float(row.argmax() == label) for row, label in zip(model.table, labels, strict=True)]
-    assert [score.outcome for score in scores] == right
+    assert [score.outcomes["accuracy"] for score in scores] == right
     assert task.num_supervised(rows) == 12
     metrics = task.metrics(scores)
     assert metrics["accuracy"] == pytest.approx(sum(right) / 12)
@@ -221,7 +230,9 @@ def test_majority_baseline_is_the_share_of_the_most_frequent_label(tmp_path: Pat
     held = [{"text": "x", "label": label} for label in (1, 0, 1, 1, 0)]
     folder = folder_of(tmp_path / "data", train=ROWS, test=held)
     task = task_of(folder, validation_split="test", validation_size=9)
-    assert task.metrics([RowScore(1.0, 0.5, 1)] * 5)["majority_baseline"] == 3 / 5
+    assert task.num_rows("validation") == 5
+    scores = [RowScore({"accuracy": 1.0}, 0.5, 1, row["label"], row["label"]) for row in held]
+    assert task.metrics(scores)["majority_baseline"] == 3 / 5
 
 
 @pytest.mark.parametrize("kind", TASKS)

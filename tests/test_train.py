@@ -94,7 +94,7 @@ def load_small(dtype: torch.dtype = torch.float32) -> tuple[Base, TrialData]:
     config = SYSTEMS["LoRA"]
     task = load_task(config.task)
     base = load_base(config.model, task.auto_class, task.num_labels, dtype)
-    train, validation = (task.features(s, base.tokenizer) for s in ("train", "validation"))
+    train, validation = (task.features(s, base.processor) for s in ("train", "validation"))
     return base, TrialData(task, train, validation)
 
 
@@ -123,7 +123,7 @@ def plain_training(config: TrialConfig, base: Base, data: TrialData) -> Trained:
     losses, norms = [], []
     for step in range(training.num_steps):
         numbers = step_rows(data.lengths, step, training.global_batch_size, config.seed)
-        batch = data.task.collate([data.train[i] for i in numbers], base.tokenizer)
+        batch = data.task.collate([data.train[i] for i in numbers], base.processor)
         loss = data.task.loss_sum(model, batch) / len(numbers)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(list(parameters.values()), training.max_grad_norm)

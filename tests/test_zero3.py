@@ -14,7 +14,6 @@ from torch.nn.functional import linear
 
 from e2lora.adapters import FAMILIES, count_parameters
 from e2lora.config import AdapterConfig
-from e2lora.evaluate import evaluate
 from e2lora.models import reset_head
 from e2lora.partitioned import is_partitioned
 from e2lora.targets import find_targets
@@ -413,7 +412,7 @@ def test_workers_score_every_row_once_however_few(
     reset_head(whole.model, whole.head, seed=1)
     for results in found[world]:
         for number, scores in results[f"{kind} scores"].items():
-            expected = evaluate(whole.model, zero3.Rows(), None, zero3.rows_of(number), 2)[1]
+            expected = zero3.scores_of(whole.model, number)
             assert scores == pytest.approx(expected, rel=1e-5)
 
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from e2lora.adapters import FAMILIES, adapt, trainable_parameters
 from e2lora.adapters.family import DEFAULT_NAME
 from e2lora.adapters.storage import save_adapter
 from e2lora.config import AdapterConfig, ModelConfig, TrainConfig
-from e2lora.evaluate import evaluate
+from e2lora.evaluate import score_rows
 from e2lora.gathering import gathered_as_needed
 from e2lora.gradients import Microbatch, Round, measure_gradients
 from e2lora.gradients.whole import sum_gradients
@@ -32,6 +31,7 @@ from e2lora.models import Base, in_float32, load_model, reset_head
 from e2lora.partitioned import Partitioning
 from e2lora.plan import SharingPlan
 from e2lora.targets import find_targets
+from e2lora.tasks import TrialData
 from e2lora.tasks.scores import RowScore
 from e2lora.training.activations import activation_checkpointed
 from e2lora.training.engine import Engine, learning_rate_factor
@@ -227,19 +227,21 @@ def engine_trial(
 class Rows:
     """A task whose score of a row follows from the model's logits."""
 
+    splits = ("train", "validation")
+
     def collate(self, rows: list[dict[str, Any]], tokenizer: Any) -> dict[str, Tensor]:
         return {"input_ids": torch.tensor([row["input_ids"] for row in rows])}
 
     def score(self, model: Any, batch: dict[str, Tensor]) -> list[RowScore]:
         logits = model(**batch).logits.flatten(1)
-        return [RowScore(value, value, 1) for value in logits.double().logsumexp(1).tolist()]
-
-    def metrics(self, scores: list[RowScore]) -> dict[str, float]:
-        return {"loss": math.fsum(score.outcome for score in scores)}
+        return [RowScore({}, value, 1) for value in logits.double().logsumexp(1).tolist()]
 
 
-def rows_of(number: int) -> list[dict[str, Any]]:
-    return [{"input_ids": ids} for ids in torch.cat([batch_of(9)] * 2)[:number].tolist()]
+def scores_of(model: Any, number: int, group: Any = None) -> list[float]:
+    """Of so many rows, by the workers of a group together."""
+    rows = [{"input_ids": ids} for ids in torch.cat([batch_of(9)] * 2)[:number].tolist()]
+    data = TrialData(Rows(), [], rows)  # type: ignore[arg-type]
+    return [score.loss for score in score_rows(model, data, "validation", None, 2, group)]
 
 
 SHARES = {"even": (4, 4), "uneven": (6, 2), "nothing on the second": (8, 0)}
@@ -303,8 +305,7 @@ def work(folder: Path, rank: int, world: int) -> dict[str, Any]:
             )
         with gathered_as_needed(base.model):
             results[f"{kind} scores"] = {
-                number: evaluate(base.model, Rows(), None, rows_of(number), 2, group)[1]
-                for number in (1, 2, 5, 8)
+                number: scores_of(base.model, number, group) for number in (1, 2, 5, 8)
             }
         results[f"{kind} handover"] = hand_over(folder, kind, base, world)
     return results

@@ -12,7 +12,8 @@ from e2lora.config.frozen import Frozen
 class TaskConfig(Frozen):
     """What every task says of its data; the tasks' own classes below add how columns are read.
 
-    ``data`` is a hub name, a local file or folder, or ``demo:NAME``.
+    ``data`` is a hub name, a local file or folder, or ``demo:NAME``. A search looks at the
+    validation rows only; the test rows are scored once, by final runs.
     """
 
     data: str
@@ -23,41 +24,204 @@ class TaskConfig(Frozen):
     )
     validation_size: int = Field(default=1000, gt=0, description="rows carved, or kept, at most")
     split_seed: int = Field(default=0, ge=0)
+    test_split: str | None = Field(default=None, description="None: there are no test rows")
+    test_data: str | None = Field(default=None, description="None: the test rows lie in `data`")
+    test_subset: str | None = None
+    test_columns: dict[str, str] = Field(
+        default={}, description="columns of `data` → what `test_data` calls them, where it differs"
+    )
 
     @property
     def display_name(self) -> str:
         return f"{self.data}/{self.subset}" if self.subset else self.data
 
+    @model_validator(mode="after")
+    def _test_rows_are_named(self) -> TaskConfig:
+        given = [
+            name for name in ("test_data", "test_subset", "test_columns") if getattr(self, name)
+        ]
+        if given and self.test_split is None:
+            raise ValueError(
+                f"{', '.join(given)} say where the test rows are, so `test_split` must name them; "
+                "got none. Set `test_split`."
+            )
+        if (self.test_subset or self.test_columns) and self.test_data is None:
+            raise ValueError(
+                "`test_subset` and `test_columns` are of `test_data`; got none. Set `test_data`."
+            )
+        return self
 
-class TextClassificationConfig(TaskConfig):
-    """One text, or a pair of texts, to one of several labels."""
 
-    kind: Literal["text_classification"] = "text_classification"
+JUDGED_BY = (
+    "what the task is judged by: given as `score` too, the objective of several tasks at once"
+)
+
+
+class TextsConfig(TaskConfig):
+    """One text, or a pair of texts, and a label."""
+
     text_column: str = "text"
     text2_column: str | None = None
     label_column: str = "label"
     max_length: int = Field(default=128, gt=1, description="tokens; longer texts are cut")
 
 
-class SftConfig(TaskConfig):
-    """Supervised fine-tuning of a causal model: a prompt and the answer it is to give."""
+class TextClassificationConfig(TextsConfig):
+    """One text, or a pair of texts, to one of several labels."""
 
-    kind: Literal["sft"] = "sft"
+    kind: Literal["text_classification"] = "text_classification"
+    metric: Literal["accuracy", "f1", "macro_f1", "mcc"] = Field(
+        default="accuracy", description=JUDGED_BY
+    )
+
+
+class RegressionConfig(TextsConfig):
+    """One text, or a pair of texts, to a number."""
+
+    kind: Literal["regression"] = "regression"
+    metric: Literal["pearson", "spearman"] = Field(default="pearson", description=JUDGED_BY)
+
+
+class ImageClassificationConfig(TaskConfig):
+    """An image to one of several labels."""
+
+    kind: Literal["image_classification"] = "image_classification"
+    image_column: str = "image"
+    label_column: str = "label"
+    raw_shape: tuple[int, ...] | None = Field(
+        default=None,
+        description="of a column of raw bytes: height and width, and 3 where it has colours",
+    )
+
+
+class GenerationConfig(Frozen):
+    """How a causal model writes its answers when it is scored. Nothing here is about training."""
+
+    max_new_tokens: int = Field(default=256, gt=0)
+    stop: tuple[str, ...] = Field(default=(), description="texts that end an answer, and are cut")
+    batch_size: int = Field(default=16, gt=0, description="prompts at a time, per worker")
+    temperature: float = Field(default=0.0, ge=0, description="0: always the likeliest token")
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    num_samples: int = Field(default=1, gt=0, description="answers per prompt")
+    seed: int = Field(default=0, ge=0)
+    max_validation_rows: int | None = Field(
+        default=None, gt=0, description="the first so many; test rows are always all answered"
+    )
+    every_evaluation: bool = Field(
+        default=False, description="False: once, when training has ended"
+    )
+
+    @model_validator(mode="after")
+    def _samples_differ(self) -> GenerationConfig:
+        if self.num_samples > 1 and self.temperature == 0:
+            raise ValueError(
+                "without chance all samples of a prompt are the same; got num_samples="
+                f"{self.num_samples} at temperature 0. Set `temperature`, or num_samples=1."
+            )
+        if self.top_p < 1 and self.temperature == 0:
+            raise ValueError(
+                f"`top_p` restricts chance; got {self.top_p} at temperature 0. Set `temperature`, or "
+                "leave `top_p` out."
+            )
+        return self
+
+
+class PromptsConfig(TaskConfig):
+    """Prompts and answers of a causal model, and how a prompt is put to it."""
+
     prompt_column: str = "prompt"
     answer_column: str = "answer"
     template: str = Field(
         default="{prompt}\n", description="what stands before the answer; holds {prompt} once"
     )
+    chat: bool = Field(
+        default=False,
+        description="the tokenizer's chat template: template's text as the user's turn",
+    )
+    system: str | None = Field(default=None, description="the system's turn of a chat")
+    num_shots: int = Field(
+        default=0, ge=0, description="worked examples, from the training rows, before every prompt"
+    )
     max_length: int = Field(default=512, gt=1, description="tokens; longer answers are cut")
 
     @model_validator(mode="after")
-    def _template_holds_the_prompt(self) -> SftConfig:
+    def _prompt_is_put_as_told(self) -> PromptsConfig:
         if self.template.count("{prompt}") != 1:
             raise ValueError(
                 f"`template` must hold {{prompt}} exactly once; got {self.template!r}. Write the "
                 "prompt's place as {prompt}."
             )
+        if self.system is not None and not self.chat:
+            raise ValueError(
+                f"`system` is a turn of a chat; got {self.system[:40]!r} with chat=False. Set "
+                "chat=True, or write it into `template`."
+            )
         return self
 
 
-AnyTaskConfig = Annotated[TextClassificationConfig | SftConfig, Field(discriminator="kind")]
+class SftConfig(PromptsConfig):
+    """Supervised fine-tuning of a causal model: a prompt and the answer it is to give."""
+
+    kind: Literal["sft"] = "sft"
+    verify: Literal["number", "exact", "equation"] | None = Field(
+        default=None, description="how written answers are judged; None: none are written"
+    )
+    final_column: str | None = Field(
+        default=None, description="what an answer must come to; None: taken from `answer_column`"
+    )
+    numbers_column: str | None = Field(
+        default=None, description="of equations over number0, number1, …: their values"
+    )
+    generation: GenerationConfig = GenerationConfig()
+
+
+class MultipleChoiceConfig(PromptsConfig):
+    """A prompt with several answers, of which the likeliest is the model's choice."""
+
+    kind: Literal["multiple_choice"] = "multiple_choice"
+    choices: tuple[str, ...] | None = Field(default=None, description="the same for every row")
+    choices_column: str | None = Field(
+        default=None, description="a list of texts, or of texts and labels as on the hub"
+    )
+    choices_pattern: str | None = Field(
+        default=None, description="finds in the prompt, as its group, choices with / between them"
+    )
+
+
+class CodeConfig(PromptsConfig):
+    """Programs that a causal model writes, judged by running their tests.
+
+    Model-written programs are run only where ``execution`` says so by name.
+    """
+
+    kind: Literal["code"] = "code"
+    execution: Literal["off", "sandbox"] = "off"
+    problems: Literal["humaneval", "mbpp"] = Field(
+        default="humaneval", description="what the rows with tests look like"
+    )
+    k: tuple[int, ...] = (1,)
+    seconds: float = Field(default=10.0, gt=0, description="of wall-clock, per program")
+    memory_mib: int = Field(default=1024, gt=0, description="per program")
+    generation: GenerationConfig = GenerationConfig()
+
+
+AnyTaskConfig = Annotated[
+    TextClassificationConfig
+    | RegressionConfig
+    | ImageClassificationConfig
+    | SftConfig
+    | MultipleChoiceConfig
+    | CodeConfig,
+    Field(discriminator="kind"),
+]
+TASK_CONFIGS: dict[str, type[TaskConfig]] = {
+    config.model_fields["kind"].default: config
+    for config in (
+        TextClassificationConfig,
+        RegressionConfig,
+        ImageClassificationConfig,
+        SftConfig,
+        MultipleChoiceConfig,
+        CodeConfig,
+    )
+}

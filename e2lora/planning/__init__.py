@@ -26,7 +26,7 @@ from e2lora.config import (
 )
 from e2lora.data import calibration_folds
 from e2lora.figures import draw_entropies, draw_ranks, draw_similarity
-from e2lora.models import load_base, load_structure, load_tokenizer
+from e2lora.models import load_base, load_processor, load_structure
 from e2lora.moments import GradientProfile
 from e2lora.plan import build_plan, require_possible
 from e2lora.planning.estimate import flops_per_second, parameter_range, profile_cost
@@ -86,7 +86,7 @@ def dry_run(request: Request) -> str:
     targets = find_targets(structure, request.adapter.target_modules)
     for options in request.plans.values():
         require_possible(targets, options)
-    data = tokenised(task, load_tokenizer(request.model))
+    data = tokenised(task, load_processor(request.model, task.processor))
     calibration = config.plan.calibration
     numbers = calibration_folds(
         data.lengths,
@@ -245,9 +245,15 @@ def _measured(request: Request) -> GradientProfile:
     if request.num_workers > 1:
         return _measured_on_workers(config)
     print("loading the model and its rows", file=sys.stderr)
-    base = load_base(request.model, task.auto_class, task.num_labels, torch.float32)
+    base = load_base(
+        request.model,
+        task.auto_class,
+        task.num_labels,
+        torch.float32,
+        processor=task.processor,
+    )
     base.model.to(_device())
-    data = tokenised(task, base.tokenizer)
+    data = tokenised(task, base.processor)
     return measure_profile(base, data, config, on_progress=_Progress(), cache=ProfileCache())
 
 

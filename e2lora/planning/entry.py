@@ -15,13 +15,13 @@ from e2lora.command import find_study, pairs_of, run_for_user
 from e2lora.config import (
     NEEDS_PAIRS,
     PRESETS,
+    TASK_CONFIGS,
+    TASK_PRESETS,
     AdapterConfig,
     AnyTaskConfig,
     CalibrationConfig,
     ModelConfig,
     PlanConfig,
-    SftConfig,
-    TextClassificationConfig,
     TrialConfig,
     fingerprint_of,
 )
@@ -179,20 +179,22 @@ def model_of(words: Sequence[str]) -> ModelConfig:
 
 
 def task_of(words: Sequence[str]) -> AnyTaskConfig:
-    """A task from words such as ``["sft", "data=openai/gsm8k", "subset=main"]``."""
+    """A task from words such as ``["sft", "data=openai/gsm8k", "subset=main"]``, or ``["gsm8k"]``.
+
+    The first word is a kind of task, or a preset, whose options the others change.
+    """
     kind, *pairs = words
-    if kind not in TASK_KINDS:
+    if kind not in (*TASK_CONFIGS, *TASK_PRESETS):
         raise ValueError(
-            f"--task begins with a kind of task ({', '.join(TASK_KINDS)}); got {kind!r}. Put one "
-            "of them before the options."
+            f"--task begins with a kind of task ({', '.join(TASK_CONFIGS)}) or a preset "
+            f"({', '.join(TASK_PRESETS)}); got {kind!r}. Put one of them before the options."
         )
-    config: AnyTaskConfig = _validated(TASK_KINDS[kind], "--task", pairs_of("--task", pairs))
+    options = pairs_of("--task", pairs)
+    if kind in TASK_PRESETS:
+        task = TASK_PRESETS[kind].task
+        kind, options = task.kind, {**task.model_dump(mode="json"), **options}
+    config: Any = _validated(TASK_CONFIGS[kind], "--task", options)
     return config
-
-
-TASK_KINDS: dict[str, Any] = {
-    config.model_fields["kind"].default: config for config in (TextClassificationConfig, SftConfig)
-}
 
 
 def calibration_of(words: Sequence[str], base: CalibrationConfig) -> CalibrationConfig:

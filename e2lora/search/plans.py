@@ -91,13 +91,21 @@ def checked_configurations(study: Study, plans: Plans, num_drawn: int = 4) -> li
 
 
 def _require_known_objectives(study: Study, task: Task) -> None:
-    known = {*task.metric_names, "train_loss", "adapter_parameters"}
+    known = {**task.directions, "train_loss": "minimize", "adapter_parameters": "minimize"}
     unknown = [o.name for o in study.objectives if o.name not in known]
     if unknown:
         raise ValueError(
             f"a study's objectives must be metrics of its tasks; {task.config.display_name!r} has "
             f"{sorted(known)}, not {unknown}. Correct the study's `objectives`."
         )
+    for objective in study.objectives:
+        if objective.direction != known[objective.name]:
+            better = known[objective.name] or "nothing but compare with"
+            raise ValueError(
+                f"an objective must point where better lies: {objective.name!r} of "
+                f"{task.config.display_name!r} is there to {better}; got "
+                f"{objective.direction!r}. Correct the study's `objectives`."
+            )
 
 
 def require_declared(study: Study, config: TrialConfig) -> None:

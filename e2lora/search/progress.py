@@ -76,7 +76,7 @@ class Progress(Callback):
         """One line: ended of all, what runs and how far, minutes gone and to go."""
         ended = self._count_ended()
         parts, underway = [], 0.0
-        for key, (step, attempt, measured) in sorted(running.items()):
+        for key, (step, attempt, measured, doing) in sorted(running.items()):
             if key.startswith("profile"):
                 parts.append("measuring a gradient profile")
                 continue
@@ -86,6 +86,8 @@ class Progress(Callback):
             again = f" (attempt {attempt})" if attempt > 1 else ""
             if measured:
                 again += f" loss {measured['loss']:.3g}, {measured['tokens_per_second']:,.0f} tok/s"
+            if doing:
+                again += f" {doing}"
             parts.append(f"#{number} {step}/{num_steps}{again}")
         gone = time.monotonic() - self._began
         done_here = ended - self._ended_before + underway

@@ -65,6 +65,7 @@ def run_study(
     folder.path.mkdir(parents=True, exist_ok=True)
     with held_alone(folder.path, "a study", "--study"):
         write_json(folder.record_file, record)
+        write_json(folder.data_file, [splits.model_dump() for splits in plans.splits])
         tracker = Tracker(default_tracking_uri(folder.path.parent), folder, record)
         pool = Pool(name, folder.path / "ray", isolated)
         searcher = LedgerSearch(study, folder, plans, pool, num_trials)

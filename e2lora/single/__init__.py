@@ -1,7 +1,8 @@
 """One run: checked like a study's trial, trained by a worker group of its own, kept in a folder.
 
     STORAGE/NAME/
-      trial.json  plan.json  profile.json  metrics.jsonl  steps.json  outcomes.json  result.json
+      trial.json  plan.json  profile.json  metrics.jsonl  steps.json  outcomes.json  predictions.jsonl
+      test_outcomes.json  test_predictions.jsonl  result.json
       checkpoints/  adapter/  ray/
 
 The same call again resumes the run from its newest checkpoint, whatever ended it.
@@ -92,6 +93,8 @@ def _train_on_a_group(run: Run, plans: Plans, config: TrialConfig, tracker: RunT
         tracker.mirror()
         write_json(folder.plan_file, _plan(run.choice, folder, plans, config, pool))
         payload = {"config": config.model_dump_json(), "folder": str(folder.path)}
+        if config.task.test_split:
+            payload["test"] = "once, by the weights that are kept"
         told = len(folder.evaluations())
         for update in pool.updates(Job(f"trial-{run.name}", "trial", spec, payload)):
             record(folder, 0, update)

@@ -63,6 +63,7 @@ class Pace:
             parts = [f"step {now.step}/{self._num_steps}", *shown]
             if now.attempt > 1:
                 parts.append(f"attempt {now.attempt}")
+            parts += [now.doing] if now.doing else []
             return f"{gone} {'  '.join(parts)}  ETA {self._eta(now)}"
         return f"{gone} the worker group is starting"
 
@@ -99,6 +100,12 @@ def summary(folder: TrialFolder) -> str:
         rows.append([name, f"{first:.5g}", f"{last:.5g}", f"{value:.5g}"])
     first_step, last_step = (evaluations[place].step for place in (0, -1))
     header = ["metric", f"step {first_step}", f"step {last_step}", "kept"]
+    if result.test_metrics:
+        header.append("test")
+        for row in rows:
+            row.append(
+                f"{result.test_metrics[row[0]]:.5g}" if row[0] in result.test_metrics else ""
+            )
     facts = [
         ["adapter parameters", f"{result.adapter_parameters:,}"],
         ["head parameters", f"{result.head_parameters:,}"],
@@ -118,7 +125,7 @@ def summary(folder: TrialFolder) -> str:
     facts += [["folder", str(folder.path)], ["adapter", str(folder.adapter)]]
     width = max(len(name) for name, _ in facts)
     lines = [f"{name:<{width}}  {value}" for name, value in facts]
-    return "\n".join([text_table(header, rows, right=(1, 2, 3)), "", *lines])
+    return "\n".join([text_table(header, rows, right=range(1, len(header))), "", *lines])
 
 
 def tokens_per_second(steps: Mapping[str, Sequence[float]]) -> float | None:

@@ -87,7 +87,9 @@ class TokenRows(Sequence[Features]):
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """Tokens of each row."""
+        """Tokens of each row; rows without any, as images, are all of length 1."""
+        if "input_ids" not in self.columns:
+            return np.ones(len(self), dtype=np.int64)
         offsets = self.columns["input_ids"].offsets
         assert offsets is not None, "token ids come in lists"
         return np.diff(offsets)
@@ -115,7 +117,7 @@ def lengths_of(rows: Sequence[Features]) -> NDArray[np.int64]:
     """Tokens of each row, without reading any where that is known."""
     if isinstance(rows, TokenRows):
         return rows.lengths
-    return np.array([len(row["input_ids"]) for row in rows], dtype=np.int64)
+    return np.array([len(row.get("input_ids", (0,))) for row in rows], dtype=np.int64)
 
 
 def picked(rows: Sequence[Features], numbers: Sequence[int]) -> list[Features]:

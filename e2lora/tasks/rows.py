@@ -1,141 +1,124 @@
-"""Rows of a data set, from a hub name, a local file or a folder, through one code path.
-
-A local folder holds ``train``, ``validation`` and ``test`` files (jsonl, json, csv or parquet; only
-``train`` is needed); a single file is its training split.
-"""
+"""Rows of a task's splits, with the columns that it reads: checked, and carved."""
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
-from e2lora.assets import resolve
 from e2lora.config import TaskConfig
+from e2lora.tasks.sources import Source
 
-READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+AT_ONCE = 1000  # rows
+SHOWN = 200  # characters of a value in a message
 
 
-def read_splits(config: TaskConfig, columns: Sequence[str]) -> dict[str, Any]:
-    """The training split, and the validation split if one is named, as ``datasets.Dataset``.
+def read_splits(
+    config: TaskConfig, columns: Sequence[str], test_columns: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """``{"train", "validation", "test"}``: ``datasets.Dataset``, or None where no split is named.
+
+    Columns have the names that they have in ``config.data``, in test rows of another data set too;
+    further columns stay.
+
+    Args:
+        columns: that every row must have.
+        test_columns: that test rows must have, where those are others.
 
     Raises:
-        FileNotFoundError, ValueError: no such data, no such split, a missing column.
+        FileNotFoundError, ValueError, OSError: no such data, no such split, a missing column.
     """
-    import datasets
+    named = {"train": config.train_split, "validation": config.validation_split}
+    elsewhere = config.test_data is not None
+    if not elsewhere:
+        named["test"] = config.test_split
+    source = Source.of(config.data, config.subset)
+    source.require(
+        [name for name in named.values() if name],
+        "`train_split`/`validation_split`/`test_split` (no `validation_split`: one is carved)",
+    )
+    splits = {split: source.read(name) if name else None for split, name in named.items()}
+    needed = columns if test_columns is None else test_columns
+    if config.test_data is not None and config.test_split is not None:
+        test = Source.of(config.test_data, config.test_subset, lone=config.test_split)
+        test.require([config.test_split], "`test_split`")
+        splits["test"] = _renamed(test.read(config.test_split), config, needed)
+    for split, rows in splits.items():
+        if rows is not None:
+            _require_columns(rows, needed if split == "test" else columns, split, config)
+    return splits
 
-    location = resolve(config.data)
-    names = [config.train_split] + ([config.validation_split] if config.validation_split else [])
-    local = _local_files(Path(location)) if Path(location).exists() else None
-    if local is not None:
-        absent = [name for name in names if name not in local]
-        if absent:
-            raise ValueError(
-                f"the data must hold the named splits; {location} has {sorted(local)}, not "
-                f"{absent}. Set `train_split`/`validation_split` (None carves one)."
-            )
-    if local is not None and config.subset is not None:
+
+def _renamed(rows: Any, config: TaskConfig, needed: Sequence[str]) -> Any:
+    """Test rows with our names; a column that bears one of them and isn't meant is left out.
+
+    Raises:
+        ValueError: ``test_columns`` names what isn't there, or isn't read.
+    """
+    theirs = list(config.test_columns.values())
+    unread = sorted(set(config.test_columns) - set(needed))
+    absent = [name for name in theirs if name not in rows.column_names]
+    if unread or absent or len(set(theirs)) < len(theirs):
         raise ValueError(
-            f"`subset` chooses within a data set of a hub; {location} is local, so it would have "
-            f"no effect; got {config.subset!r}. Remove it, or name another folder."
+            "`test_columns` gives for columns of the training rows what the test rows call them, "
+            f"each another; got {config.test_columns}, where {list(needed)} are read and the test "
+            f"rows of {config.test_data!r} have {rows.column_names}. Correct it. First row: "
+            f"{shown(rows[0])}"
         )
-    loaded = {}
-    options: dict[str, Any]
-    for name in names:
-        if local is None:
-            source, options = location, {"name": config.subset}
-        else:
-            source = READERS[local[name].suffix]
-            # a path is not a pattern: brackets in it are meant
-            options = {"data_files": {name: glob.escape(str(local[name]))}}
-            if source == "csv":  # the text "NA" is a text
-                options |= {"keep_default_na": False, "na_values": [""]}
-            _require_content(local[name])
-        try:
-            loaded[name] = datasets.load_dataset(source, split=name, **options)
-        except Exception as error:  # each reader and the hub raise their own kinds
-            if "corresponds to no data" in str(error):
-                raise ValueError(
-                    f"split {name!r} of {config.data!r} holds no rows. Name another one."
-                ) from error
-            raise ValueError(
-                "the data must be a readable local file or folder, demo:NAME, or a hub name that "
-                f"can be reached; got {config.data!r}, split {name!r}: {_first_cause(error)} "
-                "Check the name, the file's lines, or your access to the hub."
-            ) from error
-    for name, rows in loaded.items():
-        if len(rows) == 0:
-            raise ValueError(f"split {name!r} of {config.data!r} holds no rows. Name another one.")
-        missing = [column for column in columns if column not in rows.column_names]
-        if missing:
-            fields = type(config).model_fields
-            known = ", ".join(f"`{field}`" for field in fields if field.endswith("_column"))
-            raise ValueError(
-                f"every row needs the columns {list(columns)}; split {name!r} of {config.data!r} "
-                f"has {rows.column_names}, not {missing}. Set the right one of {known}. First "
-                f"row: {rows[0]}"
-            )
-    return {
-        "train": loaded[config.train_split],
-        "validation": loaded[config.validation_split] if config.validation_split else None,
-    }
+    replaced = [name for name in config.test_columns if name in rows.column_names]
+    rows = rows.remove_columns([name for name in replaced if name not in theirs])
+    return rows.rename_columns({name: ours for ours, name in config.test_columns.items()})
 
 
-def _first_cause(error: BaseException) -> str:
-    """What was wrong at the bottom: `datasets` only says that reading failed."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = str(error).splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
-
-
-def _require_content(file: Path) -> None:
-    if file.stat().st_size == 0:
-        raise ValueError(f"a data file must hold rows; {file} is empty. Name another one.")
-
-
-def _local_files(path: Path) -> dict[str, Path]:
-    if path.is_file():
-        if path.suffix not in READERS:
-            raise ValueError(
-                f"a data file must end in one of {sorted(READERS)}; got {path}. Convert it."
-            )
-        return {"train": path}
-    files: dict[str, Path] = {}
-    for file in sorted(path.iterdir()):
-        if file.suffix in READERS:
-            if file.stem in files:
-                raise ValueError(
-                    f"a data folder must hold one file per split; {path} has {file.name} beside "
-                    f"{files[file.stem].name}. Remove or rename one of them."
-                )
-            files[file.stem] = file
-    if not files:
-        raise FileNotFoundError(
-            f"a data folder must hold files such as train.jsonl (or {sorted(READERS)}); "
-            f"{path} holds none. Name another folder or a file."
+def _require_columns(rows: Any, columns: Sequence[str], split: str, config: TaskConfig) -> None:
+    missing = [column for column in columns if column not in rows.column_names]
+    if missing:
+        fields = [field for field in type(config).model_fields if field.endswith("_column")]
+        if split == "test" and config.test_data:
+            fields = ["test_columns"]
+        known = ", ".join(f"`{field}`" for field in fields)
+        raise ValueError(
+            f"every row needs the columns {list(columns)}; split {split!r} of "
+            f"{source_name(config, split)!r} has {rows.column_names}, not {missing}. Set the right "
+            f"one of {known}. First row: {shown(rows[0])}"
         )
-    return files
+
+
+def source_name(config: TaskConfig, split: str) -> str:
+    """What the rows of a split are read from, as it was configured."""
+    return config.test_data if split == "test" and config.test_data else config.data
+
+
+def shown(row: Mapping[str, Any]) -> str:
+    """A row in a message: long values are cut.
+
+    >>> shown({"text": "a" * 500, "label": 1})[-20:]
+    "aaaaaa…, 'label': 1}"
+    """
+    values = {name: repr(value) for name, value in row.items()}
+    cut = {name: v if len(v) <= SHOWN else f"{v[:SHOWN]}…" for name, v in values.items()}
+    return "{" + ", ".join(f"{name!r}: {value}" for name, value in cut.items()) + "}"
 
 
 def carve_validation(splits: dict[str, Any], config: TaskConfig) -> dict[str, Any]:
-    """``{"train", "validation"}``: validation cut to ``validation_size``, or carved by seed.
+    """``{"train", "validation"}``: validation cut to ``validation_size``, or carved by seed; and
+    ``"test"``, as it was, where there are test rows.
 
     Raises:
         ValueError: carving would take more than half of the training rows.
     """
-    train, validation = splits["train"], splits["validation"]
+    train, validation, test = splits["train"], splits["validation"], splits.get("test")
+    passed = {} if test is None else {"test": test}
     rng = np.random.default_rng(config.split_seed)
     if validation is not None:
         if len(validation) > config.validation_size:
             kept = np.sort(rng.permutation(len(validation))[: config.validation_size])
             validation = validation.select(kept)
-        return {"train": train, "validation": validation}
+        return {"train": train, "validation": validation, **passed}
     if 2 * config.validation_size > len(train):
         raise ValueError(
             "a carved validation split may take at most half of the training rows; got "
@@ -146,6 +129,7 @@ def carve_validation(splits: dict[str, Any], config: TaskConfig) -> dict[str, An
     return {
         "train": train.select(np.sort(order[config.validation_size :])),
         "validation": train.select(np.sort(order[: config.validation_size])),
+        **passed,
     }
 
 
@@ -155,12 +139,9 @@ def content_of(config: TaskConfig, values: Iterable[Sequence[Any]]) -> str:
     digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode())
     for column in values:
         digest.update(b"\ncolumn\n")
-        for begin in range(0, len(column), HASHED_AT_ONCE):
-            digest.update(json.dumps(column[begin : begin + HASHED_AT_ONCE]).encode())
+        for begin in range(0, len(column), AT_ONCE):
+            digest.update(json.dumps(column[begin : begin + AT_ONCE]).encode())
     return digest.hexdigest()
-
-
-HASHED_AT_ONCE = 1000  # rows
 
 
 def require_filled(
@@ -176,11 +157,15 @@ def require_filled(
         ValueError: with the row's number and content.
     """
     for column in columns:
-        for number, value in enumerate(rows[column]):
+        # some at a time: one by one, 400 000 rows would take ten seconds
+        batches = rows.select_columns([column]).iter(AT_ONCE)
+        values = chain.from_iterable(batch[column] for batch in batches)
+        for number, value in enumerate(values):
             if not isinstance(value, kind):
                 raise ValueError(
                     f"every row needs a {_named(kind)} in {column!r}; {split} row {number} of "
-                    f"{config.data!r} has {value!r}: {rows[number]}. Correct or drop the row."
+                    f"{source_name(config, split)!r} has {value!r}: {shown(rows[number])}. "
+                    "Correct or drop the row."
                 )
 
 

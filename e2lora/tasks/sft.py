@@ -8,7 +8,7 @@ training; and ``perplexity``, exp(loss).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,19 +17,25 @@ from torch import Tensor
 
 from e2lora.config import SftConfig
 from e2lora.tasks.columns import padded
+from e2lora.tasks.duplicates import duplicates_of
 from e2lora.tasks.packing import packed
 from e2lora.tasks.rows import carve_validation, content_of, read_splits, require_filled
-from e2lora.tasks.scores import RowScore, mean_loss, mean_outcome
+from e2lora.tasks.scores import RowScore, mean_loss, mean_outcomes
+from e2lora.tasks.task import Direction, Task
 
 IGNORED = -100  # the label of a token without a loss, in torch and transformers
 ROW_NUMBER = "__row__"  # the row's number in its file, kept through carving for messages
 MAX_EXPONENT = 700.0  # a record holds finite numbers only
 
 
-class Sft:
+class Sft(Task):
     """See :class:`e2lora.tasks.Task`. Rows are checked when read, their lengths in ``features``."""
 
-    metric_names: tuple[str, ...] = ("nll", "loss", "perplexity")
+    directions: Mapping[str, Direction | None] = {
+        "nll": "minimize",
+        "loss": "minimize",
+        "perplexity": "minimize",
+    }
     num_labels: int | None = None  # a language model has no label head
     can_pack = True
 
@@ -52,6 +58,8 @@ class Sft:
                 numbers = list(range(len(rows)))
                 splits[split] = rows.select_columns(columns).add_column(ROW_NUMBER, numbers)
         self._rows = carve_validation(splits, config)
+        self.duplicates = duplicates_of(self._rows, [config.prompt_column])
+        self.splits = tuple(self._rows)
 
     def num_rows(self, split: str) -> int:
         return len(self._rows[split])
@@ -138,12 +146,14 @@ class Sft:
         losses, supervised = self._token_losses(model, batch)
         counts = supervised.sum(1).tolist()
         sums = [part.double().sum().item() for part in losses.split(counts)]
-        return [RowScore(total / n, total, n) for total, n in zip(sums, counts, strict=True)]
+        return [
+            RowScore({"nll": total / n}, total, n) for total, n in zip(sums, counts, strict=True)
+        ]
 
     def metrics(self, scores: Sequence[RowScore]) -> dict[str, float]:
         loss = mean_loss(scores)
         return {
-            "nll": mean_outcome(scores),
+            **mean_outcomes(scores),
             "loss": loss,
             "perplexity": math.exp(min(loss, MAX_EXPONENT)),
         }

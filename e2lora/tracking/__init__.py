@@ -158,7 +158,8 @@ class RunTracker(Store):
         wanted = read_trial(self._folder, running)
         if wanted:
             trial = self._folder
-            artefacts = [trial.config_file, trial.plan_file, trial.adapter]
+            predictions = [trial.predictions_file, trial.test_predictions_file]
+            artefacts = [trial.config_file, trial.plan_file, trial.adapter, *predictions]
             if self._attempt(lambda: self._bring_up(self._run, wanted, artefacts)):
                 self._down = False
 

@@ -112,6 +112,7 @@ def read_trial(
     final = {"seconds": result.seconds, "attempts": result.attempts}
     if result.state == "complete":  # a failed trial is not scored: it is no point on a front
         final |= result.metrics
+        final |= {f"test/{name}": value for name, value in result.test_metrics.items()}
         final["adapter_parameters"] = result.adapter_parameters
         final["head_parameters"] = result.head_parameters
     last = evaluations[-1].step if evaluations else 0

@@ -6,8 +6,9 @@ resumed trial, one on a used group and one in a fresh process give the same numb
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -20,12 +21,13 @@ from e2lora.adapters.family import DEFAULT_NAME
 from e2lora.adapters.storage import save_adapter
 from e2lora.config import TrialConfig, fingerprint_of
 from e2lora.data import Batches, StepBatch
-from e2lora.evaluate import evaluate
+from e2lora.evaluate import judge_answers, score_rows
 from e2lora.models import Base
 from e2lora.plan import SharingPlan
-from e2lora.records import Evaluation, TrialFolder
+from e2lora.records import Evaluation, TrialFolder, write_json, write_text
 from e2lora.tasks import TrialData
 from e2lora.tasks.packing import attends_flat
+from e2lora.tasks.scores import Outcomes, RowScore, outcomes_of
 from e2lora.training.activations import activation_checkpointed
 from e2lora.training.checkpoint import TrainState, save_checkpoint
 from e2lora.training.compiling import compiled
@@ -58,21 +60,28 @@ class Reports:
 
     ``on_step`` is told what the step measured; it raises :class:`TrialStopped`, on all workers or
     none, so it is called by all at the same point, and says whether the state must be saved now:
-    the machine will be taken away. ``alive`` may be called at any time, and never raises.
+    the machine will be taken away. ``alive`` may be called at any time, and never raises; its word
+    says what is being done, where that is no step.
     """
 
-    alive: Callable[[], None] = lambda: None
+    alive: Callable[..., None] = lambda doing=None: None
     on_step: Callable[[int, dict[str, float]], bool | None] = lambda step, measured: False
-    on_evaluation: Callable[[Evaluation, list[float], History], None] = lambda *told: None
+    on_evaluation: Callable[[Evaluation, Outcomes, History], None] = lambda *told: None
 
 
 @dataclass(frozen=True)
 class TrainedTrial:
-    """What a finished trial leaves; ``final`` is the evaluation of the weights that are kept."""
+    """What a finished trial leaves.
+
+    Attributes:
+        final: the evaluation of the weights that are kept.
+        test_metrics: empty where the test rows were not asked for.
+    """
 
     history: History
     evaluations: list[Evaluation]
     final: Evaluation
+    test_metrics: dict[str, float]
     adapter_parameters: int
     head_parameters: int
     accumulation: int
@@ -91,6 +100,7 @@ def run_trial(
     folder: TrialFolder,
     reports: Reports,
     group: Any = None,
+    score_test: bool = False,
 ) -> TrainedTrial:
     """Train one trial, from its newest checkpoint if there is one; leaves ``base`` as it was.
 
@@ -98,6 +108,7 @@ def run_trial(
 
     Args:
         group: process group of all workers, or None for one.
+        score_test: score the kept weights on the test rows too: of a final run, never in a search.
 
     Raises:
         TrialStopped: from ``reports``.
@@ -114,7 +125,7 @@ def run_trial(
     require_trainable(config, plan, data)
     run = _Run(base, data, plan, config, folder, reports, group)
     try:
-        return run.to_the_end()
+        return run.to_the_end(score_test)
     finally:
         if run.adapted is not None:
             run.adapted.unload()
@@ -144,9 +155,9 @@ class _Run:
         )
         self.history: History = {}
         self.evaluations: list[Evaluation] = []
-        self.outcomes: list[float] = []
+        self.scores: list[RowScore] = []  # of the last evaluation
 
-    def to_the_end(self) -> TrainedTrial:
+    def to_the_end(self, score_test: bool) -> TrainedTrial:
         state = agreed_checkpoint(self.folder.checkpoints, self.identity, self.group)
         self.adapted = adapt_base(
             self.base, self.data, self.plan, self.config, state, self.group, self.reports.alive
@@ -169,10 +180,17 @@ class _Run:
             with explained_memory(training):
                 self._train(range(state.step if state else 0, training.num_steps))
             self._return_to_best()
+            self._have_answers_written()
+            test_metrics = self._score_test() if score_test else {}
             with self.engine.gathered():
                 self._save()
         return TrainedTrial(
-            self.history, self.evaluations, self.final, *counts, training.accumulation
+            self.history,
+            self.evaluations,
+            self.final,
+            test_metrics,
+            *counts,
+            training.accumulation,
         )
 
     def _start_engine(self) -> None:
@@ -189,12 +207,15 @@ class _Run:
         self.engine.restore(state.tensors)
         self.hooks.restore(below("hooks/", state.tensors))
         self.history, self.evaluations = state.history, state.evaluations
-        self.outcomes = state.outcomes
+        self.scores = state.scores
 
     def _tell_again(self) -> None:
         """The study may not have heard of the last evaluations before the checkpoint."""
         for evaluation in self.evaluations:
-            self.reports.on_evaluation(evaluation, self.outcomes, self.history)
+            self._report(evaluation)
+
+    def _report(self, evaluation: Evaluation) -> None:
+        self.reports.on_evaluation(evaluation, outcomes_of(self.scores), self.history)
 
     def _checkpoint(self, step: int) -> None:
         initial = self.family.initial(self.adapted, DEFAULT_NAME)
@@ -204,7 +225,7 @@ class _Run:
         self.reports.on_step(step, {})  # an attempt that lost its trial must not write
         if self.rank == 0:
             state = TrainState(
-                step, self.identity, tensors, self.history, self.evaluations, self.outcomes
+                step, self.identity, tensors, self.history, self.evaluations, self.scores
             )
             training = self.config.training
             best = None
@@ -220,7 +241,7 @@ class _Run:
         stopping = config.training.early_stopping
         batches = Batches(
             self.data,
-            self.base.tokenizer,
+            self.base.processor,
             config.training,
             config.seed,
             self.rank,
@@ -284,25 +305,53 @@ class _Run:
         if save_now or evaluates or _is_due(step, training.checkpoint_every):
             self._checkpoint(step)
         if evaluates:
-            self.reports.on_evaluation(self.evaluations[-1], self.outcomes, self.history)
+            self._report(self.evaluations[-1])
         self.meter.restart()
 
+    # ---- scores -------------------------------------------------------------------------------
+
     def _evaluate(self, step: int) -> None:
-        metrics, self.outcomes = evaluate(
-            self.engine.module,
-            self.data.task,
-            self.base.tokenizer,
-            self.data.validation,
-            self.config.training.eval_batch_size,
-            self.group,
-            on_batch=self.reports.alive,
-        )
-        for name, value in metrics.items():  # the last update may have broken the weights
-            require_finite(value, step, self.config.training, f"validation {name}")
+        self.scores = self._scored("validation")
+        generation = self.data.task.generation("validation")
+        if generation and generation.every_evaluation:
+            self.scores = self._judged("validation", self.scores)
+        metrics = self._metrics(self.scores, step, "validation")
         since = self.evaluations[-1].step if self.evaluations else 0
         recent = self.history["loss"][since:]
         metrics["train_loss"] = math.fsum(recent) / len(recent)
         self.evaluations.append(Evaluation(step=step, metrics=metrics))
+
+    def _scored(self, split: str) -> list[RowScore]:
+        return score_rows(
+            self.engine.module,
+            self.data,
+            split,
+            self.base.processor,
+            self.config.training.eval_batch_size,
+            self.group,
+            self._on_rows(f"scoring {split} rows"),
+        )
+
+    def _judged(self, split: str, scores: list[RowScore]) -> list[RowScore]:
+        """With what the task finds of the answers that the model writes, where it has some."""
+        return judge_answers(
+            self.engine.module,
+            self.data,
+            split,
+            self.base.processor,
+            scores,
+            self.group,
+            self._on_rows(f"answering {split} rows"),
+        )
+
+    def _on_rows(self, doing: str) -> Callable[[int, int], None]:
+        return lambda done, total: self.reports.alive(f"{doing} {done / total:.0%}")
+
+    def _metrics(self, scores: list[RowScore], step: int, split: str) -> dict[str, float]:
+        metrics = self.data.task.metrics(scores)
+        for name, value in metrics.items():  # the last update may have broken the weights
+            require_finite(value, step, self.config.training, f"{split} {name}")
+        return metrics
 
     # ---- the end ------------------------------------------------------------------------------
 
@@ -317,10 +366,31 @@ class _Run:
         history, evaluations = self.history, self.evaluations
         self._go_to(state)
         self.history, self.evaluations = history, evaluations
-        self.reports.on_evaluation(self.final, self.outcomes, self.history)
+        self._report(self.final)
+
+    def _have_answers_written(self) -> None:
+        """By the weights that are kept, where that was left for the end."""
+        generation = self.data.task.generation("validation")
+        if generation is None or generation.every_evaluation:
+            return
+        self.scores = self._judged("validation", self.scores)
+        metrics = self._metrics(self.scores, self.final.step, "validation")
+        answered = Evaluation(step=self.final.step, metrics={**self.final.metrics, **metrics})
+        self.evaluations = [answered if e == self.final else e for e in self.evaluations]
+        self.final = answered
+        self._report(answered)
+
+    def _score_test(self) -> dict[str, float]:
+        scores = self._judged("test", self._scored("test"))
+        metrics = self._metrics(scores, self.final.step, "test")
+        if self.rank == 0:
+            write_json(self.folder.test_outcomes_file, outcomes_of(scores))
+            write_text(self.folder.test_predictions_file, _lines(scores))
+        return metrics
 
     def _save(self) -> None:
         if self.rank == 0:
+            write_text(self.folder.predictions_file, _lines(self.scores))
             save_adapter(
                 self.folder.adapter,
                 self.adapted,
@@ -330,6 +400,12 @@ class _Run:
                 self.config,
                 self.final,
             )
+
+
+def _lines(scores: Sequence[RowScore]) -> str:
+    """JSON lines: what was said and what is right, row after row."""
+    rows = ({**s.outcomes, "prediction": s.prediction, "expected": s.expected} for s in scores)
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def _is_due(step: int, every: int | None) -> bool:

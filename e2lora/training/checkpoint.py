@@ -4,7 +4,7 @@
       state.safetensors   full tensors: parameter/NAME, exp_avg/NAME, exp_avg_sq/NAME, adam_steps;
                           initial/NAME, hooks/NAME where the adapter's family has such;
                           history/NAME, what was measured at each step so far
-      state.json          step, identity of the trial, evaluations so far
+      state.json          step, identity of the trial, evaluations so far, scores of the last one
       COMPLETE            written last; a folder without it does not count
 
 Data order and random states need no place here: both are pure functions of (seed, step).
@@ -25,6 +25,7 @@ from torch import Tensor
 from e2lora.adapters.tensors import write_tensors
 from e2lora.config import Frozen
 from e2lora.records import Evaluation, write_json
+from e2lora.tasks.scores import RowScore
 
 MARKER = "COMPLETE"
 
@@ -38,15 +39,15 @@ class TrainState:
     tensors: dict[str, Tensor]
     history: dict[str, list[float]] = field(default_factory=dict)  # by step
     evaluations: list[Evaluation] = field(default_factory=list)
-    outcomes: list[float] = field(default_factory=list)  # of the last evaluation, by row
+    scores: list[RowScore] = field(default_factory=list)  # of the last evaluation, by row
 
 
 class _Description(Frozen):
-    version: Literal[2] = 2
+    version: Literal[3] = 3
     step: int
     identity: str
     evaluations: tuple[Evaluation, ...]
-    outcomes: tuple[float, ...]
+    scores: tuple[RowScore, ...]
 
 
 HISTORY = "history/"
@@ -73,7 +74,7 @@ def save_checkpoint(
         step=state.step,
         identity=state.identity,
         evaluations=tuple(state.evaluations),
-        outcomes=tuple(state.outcomes),
+        scores=tuple(state.scores),
     )
     write_json(partial / "state.json", description)
     for name in ("state.safetensors", "state.json"):
@@ -115,7 +116,7 @@ def load_checkpoint(folder: Path, identity: str, step: int | None = None) -> Tra
         tensors=tensors,
         history=history,
         evaluations=list(description.evaluations),
-        outcomes=list(description.outcomes),
+        scores=list(description.scores),
     )
 
 

@@ -48,7 +48,7 @@ def require_trainable(config: TrialConfig, plan: SharingPlan, data: TrialData) -
     """
     require_possible_trial(config)
     require_checkpointable(plan, config.adapter, config.training)
-    require_metric(config.training.early_stopping, data.task.metric_names)
+    require_metric(config.training.early_stopping, data.task.directions)
     for split, rows in (("train", data.train), ("validation", data.validation)):
         require_rows(len(rows), split, config.task.display_name)
 
@@ -168,12 +168,12 @@ def with_cut_batches(
     training, task, device = config.training, data.task, base.model.device
     if training.packing:
         with gathered_as_needed(adapted):
-            require_packs(adapted, data, base.tokenizer)
+            require_packs(adapted, data, base.processor)
     if training.gradient_accumulation_steps != "auto":
         return training
     with gathered_as_needed(adapted):
         batches = Batches(
-            data, base.tokenizer, training, config.seed, one_sequence=attends_flat(adapted)
+            data, base.processor, training, config.seed, one_sequence=attends_flat(adapted)
         )
         longest = np.argsort(data.lengths, kind="stable")[::-1]
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 from e2lora.config import EarlyStopping
 from e2lora.records import Evaluation
@@ -27,14 +28,28 @@ def is_over(evaluations: Sequence[Evaluation], stopping: EarlyStopping | None) -
     return since >= stopping.patience
 
 
-def require_metric(stopping: EarlyStopping | None, known: Sequence[str]) -> None:
-    """Refuse to watch what the task doesn't measure.
+def require_metric(
+    stopping: EarlyStopping | None, directions: Mapping[str, Literal["maximize", "minimize"] | None]
+) -> None:
+    """Refuse to watch what the task doesn't measure, or the wrong way.
+
+    Args:
+        directions: where better lies, of every metric of the task.
 
     Raises:
         ValueError: naming what it does.
     """
-    if stopping and stopping.metric not in known:
+    if stopping is None:
+        return
+    if directions.get(stopping.metric) is None:
+        known = [name for name, direction in directions.items() if direction]
         raise ValueError(
             "early stopping must watch a metric of the task; got metric="
-            f"{stopping.metric!r}, it has {list(known)}. Correct `early_stopping.metric`."
+            f"{stopping.metric!r}, it has {known}. Correct `early_stopping.metric`."
+        )
+    if stopping.direction != directions[stopping.metric]:
+        raise ValueError(
+            f"early stopping must know where better lies: the task's {stopping.metric!r} is one to "
+            f"{directions[stopping.metric]}; got direction={stopping.direction!r}. Correct "
+            "`early_stopping.direction`."
         )
