@@ -58,6 +58,7 @@ def judge_answers(
     scores: Sequence[RowScore],
     group: Any = None,
     on_rows: OnRows = lambda done, total: None,
+    on_token: Callable[[], None] = lambda: None,
 ) -> list[RowScore]:
     """The scores with what the task finds of the answers that the model writes.
 
@@ -65,6 +66,7 @@ def judge_answers(
 
     Args:
         scores: of :func:`score_rows`.
+        on_token: called often while answers are written, to show that the worker lives.
     """
     task, generation = data.task, data.task.generation(split)
     if generation is None:
@@ -78,7 +80,7 @@ def judge_answers(
     with _evaluating(model):
         for numbers in shares.batches(on_rows):
             chosen = [prompts[i] for i in numbers]
-            texts = write(model, processor, chosen, generation, numbers, synced)
+            texts = write(model, processor, chosen, generation, numbers, synced, on_token)
             verdicts = task.judge(split, numbers, texts)
             judged |= {
                 i: scores[i].judged(verdict) for i, verdict in zip(numbers, verdicts, strict=True)

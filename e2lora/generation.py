@@ -1,13 +1,13 @@
 """Answers that a causal model writes: batches of prompts, greedily or by chance.
 
-Nothing but the configuration decides: of a model's own ``generation_config.json`` only the end tokens
-count, not what it says of sampling and penalties. Chance is drawn per seed, row, sample and position,
-so it is the same in whatever company, and on however many workers, a row is answered.
+Nothing but the configuration decides: of a model's own ``generation_config.json`` only the end
+tokens count, not what it says of sampling and penalties. Chance is drawn per seed, row, sample and
+position, so it is the same in whatever company, and on however many workers, a row is answered.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,6 +29,7 @@ def write(
     config: GenerationConfig,
     numbers: Sequence[int],
     synced: bool = False,
+    on_token: Callable[[], None] = lambda: None,
 ) -> list[list[str]]:
     """``num_samples`` texts for each prompt, without the prompt, special tokens and stop texts.
 
@@ -38,6 +39,7 @@ def write(
         numbers: of the prompts' rows: what chance depends on.
         synced: weights are partitioned, so all workers compute as long as one of them writes; each
             must make as many calls.
+        on_token: called at each position, to show that the worker lives.
 
     Raises:
         ValueError: a prompt without tokens, or that doesn't leave room.
@@ -53,7 +55,8 @@ def write(
     width = input_ids.shape[1]
     written: list[list[str]] = [[] for _ in prompts]
     for sample in range(config.num_samples):
-        stops = [_StopTexts(tokenizer, config.stop, width)] if config.stop else []
+        stops: list[Any] = [_Sign(on_token)]
+        stops += [_StopTexts(tokenizer, config.stop, width)] if config.stop else []
         with _blank_generation_config(inner), torch.no_grad():
             output = model.generate(
                 input_ids=input_ids,
@@ -179,6 +182,17 @@ class _Chance:
         below = torch.minimum(place * whole, whole.nextafter(torch.zeros_like(whole)))
         chosen = torch.searchsorted(shares, below[:, None], right=True)
         return torch.full_like(scores, -torch.inf).scatter(-1, chosen, 0.0)
+
+
+class _Sign:
+    """Ends no row; is asked at each position."""
+
+    def __init__(self, on_token: Callable[[], None]) -> None:
+        self._on_token = on_token
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        self._on_token()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 class _StopTexts:

@@ -80,7 +80,7 @@ def load_model(
 ) -> tuple[Any, tuple[str, ...]]:
     """The frozen model of :func:`load_base` alone, and its freshly initialised head."""
     location = require_weights(config)
-    model_config = _model_config(config, num_labels)
+    model_config = _model_config(config, auto_class, num_labels)
     options = _how_to_compute(config, auto_class, model_config, dtype, device)
     try:
         # bitsandbytes makes its weights of whole ones
@@ -133,7 +133,7 @@ def _how_to_compute(
 def load_structure(config: ModelConfig, auto_class: Any, num_labels: int | None) -> nn.Module:
     """The model on the meta device: shapes and names, no weights, whatever its size."""
     require_weights(config)
-    model_config = _model_config(config, num_labels)
+    model_config = _model_config(config, auto_class, num_labels)
     try:
         with torch.device("meta"):
             return auto_class.from_config(model_config)
@@ -192,7 +192,7 @@ def load_tokenizer(config: ModelConfig, model_config: Any = None) -> Any:
 
     location = resolve(config.name)
     tokenizer = AutoTokenizer.from_pretrained(location, revision=config.revision)
-    known = (model_config or _model_config(config, None)).get_text_config()
+    known = (model_config or _model_config(config)).get_text_config()
     vocabulary = getattr(known, "vocab_size", None) or 0
     if 10 * len(tokenizer) < vocabulary:
         raise ValueError(
@@ -227,20 +227,22 @@ def require_weights(config: ModelConfig) -> str:
     return location
 
 
-def _model_config(config: ModelConfig, num_labels: int | None) -> Any:
+def _model_config(
+    config: ModelConfig, auto_class: Any = None, num_labels: int | None = None
+) -> Any:
     from transformers import AutoConfig
 
-    labels = {} if num_labels is None else {"num_labels": num_labels}
     try:
-        loaded = AutoConfig.from_pretrained(
-            resolve(config.name), revision=config.revision, **labels
-        )
+        loaded = AutoConfig.from_pretrained(resolve(config.name), revision=config.revision)
     except OSError as error:
         raise OSError(
             f"the model must be a local folder, demo:NAME or a hub name that can be reached; got "
             f"{config.name!r}: {str(error).splitlines()[0]} Check the name, your access to the "
             "hub (HF_TOKEN), or name a local folder."
         ) from error
+    if num_labels is not None:
+        _require_same_labels(config, loaded, auto_class, num_labels)
+        loaded.num_labels = num_labels
     for key, value in config.config_overrides.items():
         if not hasattr(loaded, key):
             raise ValueError(
@@ -249,6 +251,21 @@ def _model_config(config: ModelConfig, num_labels: int | None) -> Any:
             )
         setattr(loaded, key, value)
     return loaded
+
+
+def _require_same_labels(
+    config: ModelConfig, loaded: Any, auto_class: Any, num_labels: int
+) -> None:
+    """A checkpoint with a label head must have the task's number of labels."""
+    model_class = class_to_build(auto_class, loaded)
+    has_head = model_class is not None and model_class.__name__ in (loaded.architectures or ())
+    if has_head and loaded.num_labels != num_labels:
+        raise ValueError(
+            f"a model that has learnt labels must have as many as its task; {config.name!r} is a "
+            f"{model_class.__name__} of {loaded.num_labels} label(s), and the task has "
+            f"{num_labels}. Name the model that it was made from, or leave its head out: "
+            f"AutoModel.from_pretrained({config.name!r}).save_pretrained(FOLDER), and name FOLDER."
+        )
 
 
 def _head_modules(model: Any, missing_keys: Sequence[str]) -> tuple[str, ...]:

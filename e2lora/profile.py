@@ -23,6 +23,7 @@ from e2lora.plan import Group, SharingPlan
 from e2lora.profile_cache import ProfileCache
 from e2lora.targets import find_targets, fused_parts, layers_without
 from e2lora.tasks import Features, Task, TrialData
+from e2lora.tasks.images import sees_images
 
 MATHS = (
     "data.py",
@@ -228,6 +229,8 @@ def _cache_key(
             [config.task.model_dump(mode="json"), content, rows],
             [target.model_dump(mode="json") for target in targets],
             config.plan.calibration.model_dump(mode="json"),
+            # whose work is no part of rows that only name images
+            base.processor.to_dict() if sees_images(base.model) else None,
             maths_version(),
             _versions(),
         ]
@@ -242,4 +245,6 @@ def maths_version() -> str:
 
 
 def _versions() -> dict[str, str]:
-    return {name: version(name) for name in ("torch", "transformers", "datasets", "numpy")}
+    return {
+        name: version(name) for name in ("torch", "transformers", "datasets", "numpy", "pillow")
+    }

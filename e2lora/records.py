@@ -26,7 +26,7 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, TypeAdapter
+from pydantic import BaseModel, Field, TypeAdapter
 
 from e2lora.config import AnyTaskConfig, Frozen, ModelConfig, Objective, TrialConfig
 from e2lora.plan import SharingPlan
@@ -52,7 +52,7 @@ class TrialResult(Frozen):
     head_parameters: int
     seconds: float
     attempts: int
-    test_metrics: dict[str, float] = {}
+    test_metrics: dict[str, float] = Field(default={})
     error: str | None = None
     gradient_accumulation_steps: int | None = None
 

@@ -77,6 +77,7 @@ class Link:
     def reports(self, token: str) -> Reports:
         """How the trial of this attempt speaks."""
         wanted, last_sign = True, 0.0
+        said: str | None = None
         next_look = time.monotonic() + PREEMPTION_LOOK_SECONDS
 
         def alive(
@@ -84,11 +85,12 @@ class Link:
             step: int | None = None,
             measured: dict[str, float] | None = None,
         ) -> None:
-            nonlocal wanted, last_sign
+            nonlocal wanted, last_sign, said
+            said = doing or (said if step is None else None)  # until a step ends it
             now = self.last_moved = time.monotonic()
             if self.rank == 0 and now - last_sign > SIGN_OF_LIFE_SECONDS:
                 last_sign = now
-                wanted = self.tell("alive", token, step, measured, doing)
+                wanted = self.tell("alive", token, step, measured, said)
 
         def on_step(step: int, measured: dict[str, float]) -> bool:
             nonlocal next_look

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from e2lora import assets
-from e2lora.assets import COMPLETE, DEMO_ASSETS, resolve, unzip_folder
+from e2lora.assets import COMPLETE, DEMO_ASSETS, mirrored, resolve, unzip_folder
 
 
 def rows_of(folder: str, split: str) -> list[dict]:
@@ -102,6 +102,49 @@ def test_failed_download_says_what_was_tried_and_what_to_do(tmp_path, monkeypatc
     monkeypatch.setattr(assets.sys, "executable", "false")
     with pytest.raises(RuntimeError, match=r"pip download.*vaderSentiment.*Check the network"):
         resolve("demo:vader")
+
+
+@pytest.fixture
+def mirror(tmp_path, monkeypatch):
+    """A folder that holds ``organisation/model`` and ``alone``, in an otherwise empty one."""
+    for name in ("organisation/model", "alone"):
+        (tmp_path / "mirror" / name).mkdir(parents=True)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("E2LORA_MIRROR", str(tmp_path / "mirror"))
+    assets._tell_once.cache_clear()
+    return tmp_path / "mirror"
+
+
+def test_hub_names_are_found_in_the_mirror_and_that_is_told_once(mirror, capsys):
+    for _ in range(2):
+        assert resolve("organisation/model") == str(mirror / "organisation" / "model")
+    told = capsys.readouterr().err
+    assert told == f"organisation/model is taken from the mirror, {mirror}/organisation/model\n"
+    assert resolve("alone") == str(mirror / "alone")
+
+
+def test_what_the_mirror_lacks_is_left_to_the_hub(mirror, capsys, monkeypatch):
+    assert resolve("organisation/other") == "organisation/other"
+    assert not capsys.readouterr().err
+    monkeypatch.setenv("E2LORA_MIRROR", "")
+    assert resolve("organisation/model") == "organisation/model"
+
+
+def test_local_paths_are_not_looked_for_in_the_mirror(mirror, fake_demo):
+    local = mirror.parent / "here" / "organisation" / "model"
+    local.mkdir(parents=True)
+    assert resolve("organisation/model") == str(local)
+    assert mirrored("organisation/model") is None
+    assert "cache" in resolve("demo:fake")
+    for name in ("../mirror/absent", "organisation/../../mirror/alone", "organisation/.hidden"):
+        assert mirrored(name) is None
+
+
+def test_mirror_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setenv("E2LORA_MIRROR", "/absent/mirror")
+    with pytest.raises(FileNotFoundError, match=r"every node; got '/absent/mirror'\. Correct"):
+        resolve("organisation/model")
 
 
 def test_second_call_does_nothing(fake_demo):

@@ -484,7 +484,7 @@ def test_answers_are_written_and_judged_once_each(
     world: int, limit: int | None, split: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def write(
-        model: Any, tokenizer: Any, prompts: Any, config: Any, numbers: Any, synced: Any
+        model: Any, tokenizer: Any, prompts: Any, config: Any, numbers: Any, *others: Any
     ) -> Any:
         assert len(prompts) <= config.batch_size
         assert [prompt[0] for prompt in prompts] == numbers

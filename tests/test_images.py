@@ -33,9 +33,11 @@ from e2lora.config import (
     TrialConfig,
 )
 from e2lora.config.presets.images import PRESETS
-from e2lora.models import Base, load_base, load_processor
+from e2lora.models import Base, load_base, load_processor, load_structure
 from e2lora.plan import build_plan
+from e2lora.planning.estimate import profile_cost
 from e2lora.profile import measure_profile
+from e2lora.profile_cache import ProfileCache
 from e2lora.records import TrialFolder
 from e2lora.targets import find_targets
 from e2lora.tasks import TokenRows, TrialData
@@ -44,6 +46,7 @@ from e2lora.tasks.image_classification import ImageClassification
 from e2lora.tasks.images import sees_images, tokens_per_image, trunk_config
 from e2lora.tokens import TokenCache, tokenised
 from e2lora.training import Reports, run_trial
+from e2lora.training.meter import FlopsPerToken, Meter
 from tests.conftest import data_folder
 
 SMALL = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
@@ -295,6 +298,17 @@ def test_content_names_pixels_labels_and_places(tmp_path: Path) -> None:
     assert contents["same"][0] != contents["same"][1]
 
 
+def test_content_tells_where_images_stand_as_features_do(tmp_path: Path, processor: Any) -> None:
+    cells = [png(image) for image in pixels()]
+    shorter, longer = (
+        task_of(write(folder / "dev.parquet", cells[20:]), validation_split="dev")
+        for folder, number in ((tmp_path / "shorter", 10), (tmp_path / "longer", 12))
+        if write(folder / "train.parquet", cells[:number])
+    )
+    assert shorter.features("validation", processor) != longer.features("validation", processor)
+    assert shorter.content("validation") != longer.content("validation")
+
+
 def test_images_that_stand_in_two_splits_are_counted(tmp_path: Path) -> None:
     cells = [png(image) for image in pixels()]
     folder = write(tmp_path / "data" / "train.parquet", cells[:12])
@@ -355,7 +369,10 @@ def test_wrong_raw_shape_is_refused(
         task_of(folder, raw_shape=shape)
 
 
-def test_one_row_of_too_few_pixels_is_named(tmp_path: Path) -> None:
+def test_one_row_of_too_few_pixels_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("e2lora.tasks.images.AT_ONCE", 8)
     cells = [image.tobytes() for image in pixels()]
     folder = write(tmp_path / "data" / "train.parquet", [*cells[:21], cells[21][:-1], *cells[22:]])
     with pytest.raises(ValueError, match=r"train row 21 .* has 255 bytes.*'name': 'picture 21'"):
@@ -562,14 +579,7 @@ def test_tiny_vit_is_profiled_planned_and_trained(
 def test_profile_is_that_of_plain_autograd(vit: Path, task: ImageClassification) -> None:
     base = base_of(vit, task)
     data = TrialData.of(task, base.processor)
-    config = TrialConfig(
-        model=ModelConfig(name=str(vit)),
-        task=task.config,
-        adapter=AdapterConfig(target_modules=("v_proj",)),
-        plan=PlanConfig(topology="e2", r=2, calibration=CalibrationConfig(num_samples=20)),
-        training=TrainConfig(max_steps=1, learning_rate=1e-3),
-    )
-    profile = measure_profile(base, data, config)
+    profile = measure_profile(base, data, small_trial_of(vit, task))
     batch = task.collate(data.train, base.processor)
     weights = [
         base.model.get_submodule(t.path).weight for t in find_targets(base.model, ("v_proj",))
@@ -579,6 +589,48 @@ def test_profile_is_that_of_plain_autograd(vit: Path, task: ImageClassification)
     gradients = torch.autograd.grad(task.loss_sum(base.model, batch) / 20, weights)
     stds = [gradient.std(correction=0).item() for gradient in gradients]
     assert [layer.moments.std for layer in profile.layers] == pytest.approx(stds, rel=1e-4)
+
+
+def small_trial_of(vit: Path, task: ImageClassification) -> TrialConfig:
+    return TrialConfig(
+        model=ModelConfig(name=str(vit)),
+        task=task.config,
+        adapter=AdapterConfig(target_modules=("v_proj",)),
+        plan=PlanConfig(topology="e2", r=2, calibration=CalibrationConfig(num_samples=20)),
+        training=TrainConfig(max_steps=1, learning_rate=1e-3),
+    )
+
+
+def test_profile_is_measured_anew_with_another_image_processor(
+    tmp_path: Path, vit: Path, task: ImageClassification
+) -> None:
+    base = base_of(vit, task)
+    data, config = TrialData.of(task, base.processor), small_trial_of(vit, task)
+    cache = ProfileCache(tmp_path / "profiles")
+    first = measure_profile(base, data, config, cache=cache)
+    assert measure_profile(base, data, config, cache=cache) == first
+    base.processor.image_mean = [0.1, 0.1, 0.1]
+    assert measure_profile(base, data, config, cache=cache) != first
+
+
+def test_cost_of_a_profile_counts_the_patches_of_images(
+    vit: Path, task: ImageClassification
+) -> None:
+    structure = load_structure(ModelConfig(name=str(vit)), task.auto_class, task.num_labels)
+    targets = find_targets(structure, ("q_proj",))
+    folds = [[{"image": i, "labels": 0} for i in range(n)] for n in (3, 4)]
+    cost = profile_cost(structure, targets, folds, CalibrationConfig(num_samples=7, num_folds=2))
+    assert cost.tokens == cost.padded_tokens == 7 * 5
+
+
+@pytest.mark.parametrize("name", ["vit", "clip"])
+def test_meter_counts_patches_in_the_tower_that_computes(
+    request: pytest.FixtureRequest, task: ImageClassification, name: str
+) -> None:
+    base = base_of(request.getfixturevalue(name), task)
+    measured = Meter(base.model, torch.device("cpu"), "fp32", 1).read(num_tokens=10, num_rows=10)
+    assert measured["tokens_per_second"] * measured["seconds"] == pytest.approx(10 * 5)
+    assert FlopsPerToken.of(base.model).attention == 12.0 * 3 * 48
 
 
 # ---- presets, and real images -----------------------------------------------------------------

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,43 +15,15 @@ from e2lora.config import TextClassificationConfig
 from e2lora.tasks import TASKS, Task, load_task
 from e2lora.tasks.scores import RowScore
 from tests.conftest import data_folder
-
-Rows = Sequence[dict[str, Any]]
+from tests.files import WRITERS, Rows, as_jsonl, folder_of, in_own_cache, write
 
 WORDS = ("dull", "a gentle film", "see it twice", "not for me", "wonderful", "strange and long")
 ROWS = [{"text": f"{WORDS[i % 6]} {i}", "label": i % 2} for i in range(12)]
 
 
-def as_jsonl(rows: Rows) -> str:
-    return "".join(json.dumps(row) + "\n" for row in rows)
-
-
-def as_csv(rows: Rows) -> str:
-    lines = [",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)]
-    return "".join(f"{line}\n" for line in lines)
-
-
-def write_parquet(file: Path, rows: Rows) -> None:
-    import pyarrow
-    from pyarrow import parquet
-
-    parquet.write_table(pyarrow.Table.from_pylist(list(rows)), file)
-
-
-WRITERS: dict[str, Callable[[Path, Rows], Any]] = {
-    ".jsonl": lambda file, rows: file.write_text(as_jsonl(rows)),
-    ".json": lambda file, rows: file.write_text(json.dumps(list(rows))),
-    ".csv": lambda file, rows: file.write_text(as_csv(rows)),
-    ".parquet": write_parquet,
-}
-
-
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing of these tests shall stay in the user's cache."""
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    in_own_cache(tmp_path / "cache", monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -67,15 +37,6 @@ def task_of(data: Path | str, **options: Any) -> Any:
     return load_task(TextClassificationConfig(data=str(data), **{"validation_size": 2, **options}))
 
 
-def folder_of(folder: Path, **splits: str | Rows) -> Path:
-    """A folder with one jsonl file per split, from rows or as literal text."""
-    folder.mkdir(exist_ok=True)
-    for name, content in splits.items():
-        text = content if isinstance(content, str) else as_jsonl(content)
-        (folder / f"{name}.jsonl").write_text(text)
-    return folder
-
-
 # ---- reading ----------------------------------------------------------------------------------
 
 
@@ -85,9 +46,7 @@ def test_every_kind_of_file_gives_the_same_features(
     tmp_path: Path, tokenizer: Any, suffix: str, single: bool
 ) -> None:
     folder_of(tmp_path / "reference", train=ROWS)
-    (tmp_path / "data").mkdir()
-    file = tmp_path / "data" / f"train{suffix}"
-    WRITERS[suffix](file, ROWS)
+    file = write(tmp_path / "data" / f"train{suffix}", ROWS)
     reference, task = task_of(tmp_path / "reference"), task_of(file if single else file.parent)
     assert task.labels == reference.labels == [0, 1]
     for split, size in (("train", 10), ("validation", 2)):
@@ -362,13 +321,13 @@ def test_unreachable_hub_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_splits_may_be_files_of_different_kinds(tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "data", test=ROWS)
-    WRITERS[".csv"](folder / "train.csv", ROWS)
+    write(folder / "train.csv", ROWS)
     assert task_of(folder, validation_split="test").labels == [0, 1]
 
 
 def test_two_files_for_one_split_are_refused(tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "data", train=ROWS)
-    WRITERS[".csv"](folder / "train.csv", ROWS)
+    write(folder / "train.csv", ROWS)
     with pytest.raises(ValueError, match=r"train\.jsonl.*train\.csv"):
         task_of(folder)
 

@@ -31,7 +31,7 @@ from e2lora.adapters.record import BaseRecord, export_card
 from e2lora.adapters.storage import CARD, INITIAL, load_adapter, read_folder
 from e2lora.assets import resolve
 from e2lora.config import ModelConfig
-from e2lora.models import load_model, load_tokenizer
+from e2lora.models import load_model, load_processor
 from e2lora.records import write_text
 
 Form = Literal["peft", "portable", "merged"]
@@ -90,7 +90,7 @@ def export_adapter(
     written = dtype or base.dtype
     if model is not None:
         _require_architecture(base)
-    load, tokenizer = _loader(base)
+    load, processor = _loader(base)
     bare = load()
     batch = random_batch(bare) if verify else None
     warnings = [] if batch or not verify else [f"not compared: no inputs for {base.architecture}"]
@@ -113,8 +113,8 @@ def export_adapter(
             warnings += write_portable(place, adapted, record, plan, base, narrowest)
         else:
             _merged(adapted, dtype).save_pretrained(place)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(place)
+            if processor is not None:
+                processor.save_pretrained(place)
         write_text(place / CARD, export_card(record, base, plan, form, written))
         del adapted
         comparison = None
@@ -245,22 +245,24 @@ def _class_of(base: BaseRecord) -> Any:
 
 
 def _loader(base: BaseRecord) -> tuple[Callable[[], Any], Any]:
-    """A function that loads the base anew, and its tokenizer if it has one."""
+    """A function that loads the base anew, and its tokenizer or image processor if it has one."""
     assert base.model is not None
     config, auto_class = base.model, _class_of(base)
     dtype = getattr(torch, base.dtype)
 
     def load() -> Any:
         model, _ = load_model(config, auto_class, base.num_labels, dtype)
-        if getattr(model.config, "pad_token_id", None) is None and tokenizer is not None:
-            model.config.pad_token_id = tokenizer.pad_token_id
+        pad = getattr(processor, "pad_token_id", None)
+        if getattr(model.config, "pad_token_id", None) is None and pad is not None:
+            model.config.pad_token_id = pad
         return model.eval()
 
     try:
-        tokenizer = load_tokenizer(config)
-    except (OSError, ValueError, KeyError):  # of images, say
-        tokenizer = None
-    return load, tokenizer
+        images = auto_class.main_input_name == "pixel_values"
+        processor = load_processor(config, "image" if images else "text")
+    except (OSError, ValueError, KeyError):
+        processor = None
+    return load, processor
 
 
 def _set_head(model: Any, head: tuple[str, ...], stored: Mapping[str, Tensor]) -> None:

@@ -45,6 +45,13 @@ class TaskConfig(Frozen):
                 f"{', '.join(given)} say where the test rows are, so `test_split` must name them; "
                 "got none. Set `test_split`."
             )
+        seen = {self.train_split, self.validation_split} - {None}
+        if self.test_data is None and self.test_split in seen:
+            raise ValueError(
+                "test rows are looked at once, in the end, so they can't be among those that "
+                f"training looks at; got test_split={self.test_split!r} for both. Name another "
+                "split; without a `validation_split` one is carved from the training rows."
+            )
         if (self.test_subset or self.test_columns) and self.test_data is None:
             raise ValueError(
                 "`test_subset` and `test_columns` are of `test_data`; got none. Set `test_data`."
@@ -92,6 +99,9 @@ class ImageClassificationConfig(TaskConfig):
         default=None,
         description="of a column of raw bytes: height and width, and 3 where it has colours",
     )
+    metric: Literal["accuracy", "f1", "macro_f1", "mcc"] = Field(
+        default="accuracy", description=JUDGED_BY
+    )
 
 
 class GenerationConfig(Frozen):
@@ -105,7 +115,7 @@ class GenerationConfig(Frozen):
     num_samples: int = Field(default=1, gt=0, description="answers per prompt")
     seed: int = Field(default=0, ge=0)
     max_validation_rows: int | None = Field(
-        default=None, gt=0, description="the first so many; test rows are always all answered"
+        default=None, ge=0, description="the first so many; test rows are always all answered"
     )
     every_evaluation: bool = Field(
         default=False, description="False: once, when training has ended"
@@ -120,8 +130,8 @@ class GenerationConfig(Frozen):
             )
         if self.top_p < 1 and self.temperature == 0:
             raise ValueError(
-                f"`top_p` restricts chance; got {self.top_p} at temperature 0. Set `temperature`, or "
-                "leave `top_p` out."
+                f"`top_p` restricts chance; got {self.top_p} at temperature 0. Set `temperature`, "
+                "or leave `top_p` out."
             )
         return self
 
@@ -131,6 +141,9 @@ class PromptsConfig(TaskConfig):
 
     prompt_column: str = "prompt"
     answer_column: str = "answer"
+    context_column: str | None = Field(
+        default=None, description="put behind the prompt, after a blank line, where not empty"
+    )
     template: str = Field(
         default="{prompt}\n", description="what stands before the answer; holds {prompt} once"
     )
@@ -199,10 +212,29 @@ class CodeConfig(PromptsConfig):
     problems: Literal["humaneval", "mbpp"] = Field(
         default="humaneval", description="what the rows with tests look like"
     )
-    k: tuple[int, ...] = (1,)
+    messages_column: str | None = Field(
+        default=None,
+        description="in place of prompt and answer: conversations, of which the first exchange",
+    )
+    k: tuple[int, ...] = Field(default=(1,), min_length=1)
     seconds: float = Field(default=10.0, gt=0, description="of wall-clock, per program")
     memory_mib: int = Field(default=1024, gt=0, description="per program")
     generation: GenerationConfig = GenerationConfig()
+
+    @property
+    def problems_throughout(self) -> bool:
+        """Whether training rows are problems too, as they are unless test rows lie elsewhere."""
+        return self.test_data is None
+
+    @model_validator(mode="after")
+    def _enough_samples(self) -> CodeConfig:
+        if min(self.k) < 1 or max(self.k) > self.generation.num_samples:
+            raise ValueError(
+                "pass@k is estimated from at least k programs per problem; got "
+                f"k={self.k} and num_samples={self.generation.num_samples}. Raise "
+                "`generation.num_samples` (and set its `temperature`), or lower `k`."
+            )
+        return self
 
 
 AnyTaskConfig = Annotated[

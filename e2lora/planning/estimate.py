@@ -16,6 +16,7 @@ from e2lora.moments import Target
 from e2lora.plan import build_plan
 from e2lora.profile import calibration_rounds
 from e2lora.tasks import Features
+from e2lora.tasks.images import tokens_per_image, trunk_config
 
 BYTES = 4  # of a float32
 PROCESS_BYTES = 600 * 2**20  # Python with torch and transformers
@@ -57,9 +58,12 @@ def profile_cost(
         folds: tokenised calibration rows.
     """
     of_workers = [calibration_rounds(folds, calibration, rank, world) for rank in range(world)]
+    of_image = tokens_per_image(structure.config)
     microbatches = [[len(shares) for _, shares in rounds] for rounds in of_workers]
     shapes = [
-        [len(row["input_ids"]) for row in rows] for _, shares in of_workers[0] for rows, _ in shares
+        [len(row["input_ids"]) if "input_ids" in row else of_image for row in rows]
+        for _, shares in of_workers[0]
+        for rows, _ in shares
     ]
     padded = [len(lengths) * max(lengths) for lengths in shapes]
     held = held_bytes(targets, microbatches)
@@ -91,7 +95,7 @@ def _activations_per_token(structure: Any, calibration: CalibrationConfig) -> in
     """Entries that forward keeps per token: some ten vectors and three hidden ones per layer, or a
     layer's input where layers are recomputed; of a language model also logits, three times over.
     """
-    config = structure.config.get_text_config()
+    config = trunk_config(structure)
     hidden, layers = config.hidden_size, config.num_hidden_layers
     of_layer = 10 * hidden + 3 * (getattr(config, "intermediate_size", None) or 4 * hidden)
     kept = layers * hidden + of_layer if calibration.checkpointing else layers * of_layer

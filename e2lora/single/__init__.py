@@ -1,8 +1,8 @@
 """One run: checked like a study's trial, trained by a worker group of its own, kept in a folder.
 
     STORAGE/NAME/
-      trial.json  plan.json  profile.json  metrics.jsonl  steps.json  outcomes.json  predictions.jsonl
-      test_outcomes.json  test_predictions.jsonl  result.json
+      trial.json  plan.json  profile.json  metrics.jsonl  steps.json  result.json
+      outcomes.json  predictions.jsonl  test_outcomes.json  test_predictions.jsonl
       checkpoints/  adapter/  ray/
 
 The same call again resumes the run from its newest checkpoint, whatever ended it.

@@ -15,8 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from e2lora.config import AnyTaskConfig
+from e2lora.tasks.code import Code
 from e2lora.tasks.columns import Features, TokenRows, lengths_of
+from e2lora.tasks.image_classification import ImageClassification
 from e2lora.tasks.packing import cannot_pack
+from e2lora.tasks.regression import Regression
 from e2lora.tasks.sft import Sft
 from e2lora.tasks.task import Task
 from e2lora.tasks.text_classification import TextClassification
@@ -63,7 +66,13 @@ class TrialData:
         return np.array([self.task.num_supervised([row]) for row in self.train], dtype=np.int64)
 
 
-TASKS: dict[str, type[Task]] = {"sft": Sft, "text_classification": TextClassification}
+TASKS: dict[str, type[Task]] = {
+    "code": Code,
+    "image_classification": ImageClassification,
+    "regression": Regression,
+    "sft": Sft,
+    "text_classification": TextClassification,
+}
 
 
 def load_task(config: AnyTaskConfig) -> Task:

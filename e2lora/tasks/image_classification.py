@@ -50,7 +50,7 @@ class ImageClassification(Task):
         labelled: dict[str, Any] = {  # messages show rows, and images are long
             split: rows.select_columns([column]) for split, rows in read.items()
         }
-        self._labels = Labels(labelled, column, config, metric="accuracy")
+        self._labels = Labels(labelled, column, config, config.metric)
         self.labels, self.num_labels = self._labels.values, len(self._labels)
         self.directions = self._labels.directions
         self._images = Images(read, config)

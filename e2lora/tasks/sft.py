@@ -1,189 +1,113 @@
-"""Supervised fine-tuning of a causal model: a prompt, and the answer whose tokens it is to give.
+"""Supervised fine-tuning of a causal model on prompts and answers, which may be verified.
 
-Metrics, all better when lower: ``nll``, the mean over rows of each answer's mean token NLL, so the
-mean of the outcomes that paired tests compare; ``loss``, the mean over all answer tokens, as in
-training; and ``perplexity``, exp(loss).
+With ``verify`` the model also writes answers of its own, and ``exact_match`` (up) is the share of
+those that come to what the row's answer comes to: see :mod:`e2lora.tasks.answers`. The likelihood
+of the given answers is measured in any case: it is the less noisy of the two.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from e2lora.config import SftConfig
-from e2lora.tasks.columns import padded
+from e2lora.config import GenerationConfig, SftConfig
+from e2lora.tasks.answers import final_answer, judge
 from e2lora.tasks.duplicates import duplicates_of
-from e2lora.tasks.packing import packed
-from e2lora.tasks.rows import carve_validation, content_of, read_splits, require_filled
-from e2lora.tasks.scores import RowScore, mean_loss, mean_outcomes
-from e2lora.tasks.task import Direction, Task
-
-IGNORED = -100  # the label of a token without a loss, in torch and transformers
-ROW_NUMBER = "__row__"  # the row's number in its file, kept through carving for messages
-MAX_EXPONENT = 700.0  # a record holds finite numbers only
+from e2lora.tasks.prompted import ROW_NUMBER, Prompted, numbered, with_context
+from e2lora.tasks.rows import carve_validation, read_splits, require_filled, shown, source_name
+from e2lora.tasks.scores import Judgement
 
 
-class Sft(Task):
+class Sft(Prompted):
     """See :class:`e2lora.tasks.Task`. Rows are checked when read, their lengths in ``features``."""
 
-    directions: Mapping[str, Direction | None] = {
-        "nll": "minimize",
-        "loss": "minimize",
-        "perplexity": "minimize",
-    }
-    num_labels: int | None = None  # a language model has no label head
-    can_pack = True
+    config: SftConfig
 
     def __init__(self, config: SftConfig) -> None:
-        from transformers import AutoModelForCausalLM
-
-        self.auto_class = AutoModelForCausalLM
-        self.config = config
+        super().__init__(config)
         columns = [config.prompt_column, config.answer_column]
+        others = (config.context_column, config.final_column, config.numbers_column)
+        columns += [name for name in others if name]
         splits = read_splits(config, columns)
         for split, rows in splits.items():
             if rows is not None:
                 require_filled(rows, columns, str, split, config)
-                if not any(answer.strip() for answer in rows[config.answer_column]):
-                    raise ValueError(
-                        f"an answer must be there to be learnt; every {split} row of "
-                        f"{config.data!r} has an empty {config.answer_column!r}. Name the right "
-                        f"`answer_column`. First row: {rows[0]}"
-                    )
-                numbers = list(range(len(rows)))
-                splits[split] = rows.select_columns(columns).add_column(ROW_NUMBER, numbers)
+                _require_answers(rows, split, config)
+                splits[split] = numbered(rows.select_columns(columns))
         self._rows = carve_validation(splits, config)
-        self.duplicates = duplicates_of(self._rows, [config.prompt_column])
         self.splits = tuple(self._rows)
+        context = [config.context_column] if config.context_column else []
+        self.duplicates = duplicates_of(self._rows, [config.prompt_column, *context])
+        if config.verify:
+            self._finals = {split: self._final_answers(split) for split in self.splits[1:]}
+            if self._finals["validation"]:
+                self.directions = {**self.directions, "exact_match": "maximize"}
 
-    def num_rows(self, split: str) -> int:
-        return len(self._rows[split])
+    def questions(self, split: str) -> list[str]:
+        prompts = self._rows[split][self.config.prompt_column][:]
+        if self.config.context_column is None:
+            return prompts
+        contexts = self._rows[split][self.config.context_column]
+        return [with_context(*texts) for texts in zip(prompts, contexts, strict=True)]
 
-    def content(self, split: str) -> str:
-        return content_of(self.config, [self._prompts(split), self._answers(split)])
-
-    def features(self, split: str, tokenizer: Any) -> list[dict[str, Any]]:
-        """``input_ids``: special tokens as the tokenizer begins a text, prompt, answer, eos.
-
-        ``labels`` are the ids of answer and eos, and ``IGNORED`` on all that stands before. An
-        answer that is cut at ``max_length`` loses its eos: the model shall not learn to end there.
-
-        Raises:
-            ValueError: the tokenizer has no eos; a prompt without tokens, or that fills max_length.
-        """
-        if tokenizer.eos_token_id is None:
-            raise ValueError(
-                "sft ends every answer with the tokenizer's eos token, as causal models are "
-                f"trained with; {tokenizer.name_or_path!r} has none. Name a causal model, or set "
-                "`eos_token` in its tokenizer_config.json."
-            )
-        # The template may hold other braces too, which str.format would take for its own.
-        texts = [self.config.template.replace("{prompt}", p) for p in self._prompts(split)]
-        before = tokenizer(texts, return_special_tokens_mask=True)
-        answers = tokenizer(self._answers(split), add_special_tokens=False)
-        features = []
-        for row, answer in enumerate(answers["input_ids"]):
-            prompt = _without_closing(before["input_ids"][row], before["special_tokens_mask"][row])
-            self._require_room(split, row, len(prompt))
-            labels = [IGNORED] * len(prompt) + [*answer, tokenizer.eos_token_id]
-            input_ids = [*prompt, *labels[len(prompt) :]]
-            size = self.config.max_length
-            features.append({"input_ids": input_ids[:size], "labels": labels[:size]})
-        return features
-
-    def _prompts(self, split: str) -> list[str]:
-        return self._rows[split][self.config.prompt_column][:]
-
-    def _answers(self, split: str) -> list[str]:
+    def answers(self, split: str) -> list[str]:
         return self._rows[split][self.config.answer_column][:]
 
-    def _require_room(self, split: str, row: int, num_prompt_tokens: int) -> None:
-        if 0 < num_prompt_tokens < self.config.max_length:
-            return
-        prompt, number = self._prompts(split)[row], self._rows[split][ROW_NUMBER][row]
-        where = f"{split} row {number} of {self.config.data!r}"
-        if num_prompt_tokens == 0:
-            raise ValueError(
-                "an answer's first token is predicted from what stands before it, so every prompt "
-                f"needs a token; {where} has none: {prompt!r} in template "
-                f"{self.config.template!r}. Correct or drop the row, or add words to `template`."
-            )
-        start = prompt if len(prompt) <= 80 else f"{prompt[:80]}…"
-        raise ValueError(
-            f"a prompt must leave room for its answer within `max_length`; {where} has "
-            f"{num_prompt_tokens} prompt tokens, max_length is {self.config.max_length}: "
-            f"{start!r}. Raise `max_length` or drop the row."
-        )
+    def generation(self, split: str) -> GenerationConfig | None:
+        if self.config.verify is None:
+            return None
+        generation = self.config.generation
+        stop = dict.fromkeys((*generation.stop, *self.prompter.stop()))
+        return generation.model_copy(update={"stop": tuple(stop)})
 
-    def collate(self, rows: Sequence[dict[str, Any]], tokenizer: Any) -> dict[str, Tensor]:
-        """Padded on the right, whatever side the tokenizer prefers for generation."""
-        input_ids = [row["input_ids"] for row in rows]
-        return {
-            "input_ids": padded(input_ids, _pad_id(tokenizer)),
-            "attention_mask": padded([np.ones(len(ids), int) for ids in input_ids], 0),
-            "labels": padded([row["labels"] for row in rows], IGNORED),
-        }
+    def judge(
+        self, split: str, numbers: Sequence[int], texts: Sequence[Sequence[str]]
+    ) -> list[Judgement]:
+        assert self.config.verify is not None, "only verified tasks have answers written"
+        values = self.config.numbers_column and self._rows[split][self.config.numbers_column]
+        judgements = []
+        for number, written in zip(numbers, texts, strict=True):
+            expected = self._finals[split][number]
+            of_row = values[number] if values else None
+            verdicts = [judge(text, expected, self.config.verify, of_row)[1] for text in written]
+            share = sum(verdicts) / len(verdicts)
+            text: Any = written[0] if len(written) == 1 else list(written)
+            judgements.append(Judgement({"exact_match": share}, text, expected))
+        return judgements
 
-    def pack(
-        self, rows: Sequence[dict[str, Any]], tokenizer: Any, one_sequence: bool = False
-    ) -> dict[str, Tensor]:
-        input_ids, labels = ([row[name] for row in rows] for name in ("input_ids", "labels"))
-        return packed(input_ids, labels, _pad_id(tokenizer), IGNORED, one_sequence)
+    def _final_answers(self, split: str) -> list[str]:
+        """What the answers of the rows that are verified come to.
 
-    def num_supervised(self, rows: Sequence[dict[str, Any]]) -> int:
-        """Tokens of the answers, each eos included; a prompt's token stands before each of them."""
-        return sum(int((np.asarray(row["labels"]) != IGNORED).sum()) for row in rows)
-
-    def loss_sum(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
-        return self._token_losses(model, batch)[0].sum()
-
-    def score(self, model: Any, batch: dict[str, Tensor]) -> list[RowScore]:
-        losses, supervised = self._token_losses(model, batch)
-        counts = supervised.sum(1).tolist()
-        sums = [part.double().sum().item() for part in losses.split(counts)]
-        return [
-            RowScore({"nll": total / n}, total, n) for total, n in zip(sums, counts, strict=True)
-        ]
-
-    def metrics(self, scores: Sequence[RowScore]) -> dict[str, float]:
-        loss = mean_loss(scores)
-        return {
-            **mean_outcomes(scores),
-            "loss": loss,
-            "perplexity": math.exp(min(loss, MAX_EXPONENT)),
-        }
-
-    @staticmethod
-    def _token_losses(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Losses of the n supervised tokens, [n], row after row, and where they are, [b, s - 1].
-
-        The logits at token t predict token t + 1.
+        Raises:
+            ValueError: a row whose answer comes to nothing.
         """
-        inputs = {key: value for key, value in batch.items() if key != "labels"}
-        logits = model(**inputs, use_cache=False).logits[:, :-1]
-        following = batch["labels"][:, 1:]
-        supervised = following != IGNORED
-        # Chosen before they are widened: [n, vocabulary] in float32, not [b, s, vocabulary].
-        chosen = logits[supervised].float()
-        losses = torch.nn.functional.cross_entropy(chosen, following[supervised], reduction="none")
-        return losses, supervised
+        config = self.config
+        assert config.verify is not None
+        rows = self._rows[split]
+        if split == "validation" and config.generation.max_validation_rows is not None:
+            rows = rows.select(range(min(len(rows), config.generation.max_validation_rows)))
+        if config.final_column:
+            return rows[config.final_column][:]
+        found: list[str] = []
+        for place, answer in enumerate(rows[config.answer_column]):
+            final = final_answer(answer, config.verify)
+            if final is None:
+                row = rows[place]
+                where = f"{split} row {row.pop(ROW_NUMBER)} of {source_name(config, split)!r}"
+                raise ValueError(
+                    "an answer that is verified must come to something "
+                    f"(verify={config.verify!r}); that of {where} doesn't: "
+                    f"{shown(row)}. Name a `final_column`, another `verify`, or drop the row; "
+                    "generation.max_validation_rows=0 leaves validation rows unanswered."
+                )
+            found.append(final)
+        return found
 
 
-def _pad_id(tokenizer: Any) -> int:
-    """Any token does: no row sees its padding."""
-    pad = tokenizer.pad_token_id
-    return tokenizer.eos_token_id if pad is None else pad
-
-
-def _without_closing(ids: list[int], special: list[int]) -> list[int]:
-    """Token ids up to the last one of the text: without the eos or sep that may be added to it.
-
-    >>> _without_closing([1, 17, 18, 2], special=[1, 0, 0, 1])
-    [1, 17, 18]
-    """
-    return ids[: max((i + 1 for i, added in enumerate(special) if not added), default=0)]
+def _require_answers(rows: Any, split: str, config: SftConfig) -> None:
+    if not any(answer.strip() for answer in rows[config.answer_column]):
+        raise ValueError(
+            f"an answer must be there to be learnt; every {split} row of "
+            f"{source_name(config, split)!r} has an empty {config.answer_column!r}. Name the right "
+            f"`answer_column`. First row: {rows[0]}"
+        )

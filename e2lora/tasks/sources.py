@@ -31,8 +31,11 @@ READERS = {
 HUB_FOLDER = "data"  # where a hub keeps parts
 WELL_KNOWN = {"train", "validation", "val", "dev", "test"}
 NUMBERED = re.compile(r"-(\d{5})-of-(\d{5})(-[0-9a-f]{16})?$")
-# as writers call parts that belong to no split: Spark, Ray Data (UUID, task, block), by hand
-UNNAMED = re.compile(r"(part|data|shard|block)?[-_]?[\d_-]*|part-\d.*|[0-9a-f]{32}_.*|\d+_\d+_.*")
+UNNAMED = re.compile(  # as parts are called that name no split
+    r"(part|data|shard|block)?[-_]?[\d_-]*"  # by hand
+    r"|part-\d.*"  # by Spark
+    r"|(\w+_)?[0-9a-f]{32}_\d{6}.*"  # by Ray Data: data set, UUID, task, block
+)
 
 
 @dataclass(frozen=True)
@@ -93,18 +96,11 @@ class Source:
         """
         import datasets
 
-        options: dict[str, Any]
-        if self.files is None:
-            reader, wanted, options = self.name, split, {"name": self.subset}
-        else:
-            files = self.files[split]
-            reader, wanted = READERS[_kind(files[0])], "train"
-            # a path is not a pattern: brackets in it are meant
-            options = {"data_files": {wanted: [glob.escape(str(file)) for file in files]}}
-            if reader == "csv":  # the text "NA" is a text
-                options |= {"keep_default_na": False, "na_values": [""]}
         try:
-            rows = datasets.load_dataset(reader, split=wanted, **options)
+            if self.files is None:
+                rows = datasets.load_dataset(self.name, self.subset, split=split)
+            else:
+                rows = _rows_of(self.files[split])
         except Exception as error:  # each reader and the hub raise their own kinds
             if "corresponds to no data" in str(error):
                 raise self._no_rows(split) from error
@@ -133,6 +129,17 @@ class Source:
                             start = line[:120].decode("utf-8", "replace").rstrip("\n")
                             return f"JSON of {file.name}, row {number}: {error}: {start!r}."
         return ""
+
+
+def _rows_of(files: Sequence[Path]) -> Any:
+    """Of files of one kind; `load_dataset` would call the hub too, in vain on many clusters."""
+    from datasets import Dataset
+
+    paths: Any = [glob.escape(str(file)) for file in files]  # brackets in a path are meant
+    reader = READERS[_kind(files[0])]
+    if reader == "csv":  # the text "NA" is a text
+        return Dataset.from_csv(paths, keep_default_na=False, na_values=[""])
+    return Dataset.from_json(paths) if reader == "json" else Dataset.from_parquet(paths)
 
 
 def _first_cause(error: BaseException) -> str:
@@ -194,7 +201,7 @@ def part_of(file: str) -> Part:
 
     >>> part_of("train.jsonl"), part_of("dev-00001-of-00004.parquet")
     (Part(split='train', number=None, total=None), Part(split='dev', number=1, total=4))
-    >>> part_of("part-0003.csv").split, part_of("3_000001_000000.parquet").split
+    >>> part_of("part-0003.csv").split, part_of("3_000001_000000-0.parquet").split
     ('train', 'train')
     """
     numbers = NUMBERED.search(_stem(file))

@@ -342,6 +342,7 @@ class _Run:
             scores,
             self.group,
             self._on_rows(f"answering {split} rows"),
+            on_token=self.reports.alive,
         )
 
     def _on_rows(self, doing: str) -> Callable[[int, int], None]:

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from e2lora.partitioned import numel_of, shape_of
+from e2lora.tasks.images import sees_images, tokens_per_image, trunk_config
 
 PEAK_TFLOPS = {
     "B200": 2250,
@@ -63,9 +64,9 @@ class FlopsPerToken:
                 and not isinstance(module, nn.Embedding)
             ):
                 sizes[weight.requires_grad] += numel_of(weight)
-        text = model.config.get_text_config()
-        layers = getattr(text, "num_hidden_layers", 0)
-        width = getattr(text, "hidden_size", 0)
+        trunk = trunk_config(model)
+        layers = getattr(trunk, "num_hidden_layers", 0)
+        width = getattr(trunk, "hidden_size", 0)
         return cls(4.0 * sizes[False] + 6.0 * sizes[True], 12.0 * layers * width)
 
     def at(self, mean_length: float) -> float:
@@ -82,6 +83,7 @@ class Meter:
     def __init__(self, model: Any, device: torch.device, precision: str, num_workers: int) -> None:
         self._device, self._num_workers = device, num_workers
         self._flops, self._peak = FlopsPerToken.of(model), peak_flops(device, precision)
+        self._tokens_of_image = tokens_per_image(model.config) if sees_images(model) else 1
         self._memory = 0.0
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
@@ -95,6 +97,7 @@ class Meter:
         """Of the step that ends now, which had so many tokens and rows on all workers together."""
         now = time.perf_counter()
         seconds, self._began = now - self._began, now
+        num_tokens *= self._tokens_of_image
         rate = num_tokens / seconds
         self._memory = max(self._memory, memory_gib(self._device))
         measured = {

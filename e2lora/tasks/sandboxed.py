@@ -1,0 +1,243 @@
+"""Runs one untrusted program, after this process has locked itself in. A script of its own.
+
+What it is told stands on stdin, as JSON; the token goes to the result's descriptor once the program
+has run to its end. Before the program's first line:
+
+* Landlock (Linux 5.13): files are read below ``readable`` only, written and made in ``folder``;
+* seccomp: system calls that aren't listed here fail, so there is no network, no other process or
+  thread, no signal to others, no tracing, no mounting, no changing of limits, modes and owners;
+* capabilities are dropped, limits on time, memory, files and descriptors set.
+
+It imports nothing but the standard library, and exits with :data:`CANNOT` where one of these can't
+be had: the program is never run without them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import platform
+import resource
+import struct
+import sys
+
+CANNOT = 97  # exit status
+
+# system call → its number on x86_64 and aarch64 (None: doesn't exist there)
+SYSCALLS: dict[str, tuple[int | None, int | None]] = {
+    # files: where, Landlock says
+    "read": (0, 63),
+    "write": (1, 64),
+    "readv": (19, 65),
+    "writev": (20, 66),
+    "pread64": (17, 67),
+    "pwrite64": (18, 68),
+    "lseek": (8, 62),
+    "open": (2, None),
+    "openat": (257, 56),
+    "close": (3, 57),
+    "close_range": (436, 436),
+    "stat": (4, None),
+    "lstat": (6, None),
+    "fstat": (5, 80),
+    "newfstatat": (262, 79),
+    "statx": (332, 291),
+    "access": (21, None),
+    "faccessat": (269, 48),
+    "faccessat2": (439, 439),
+    "getdents64": (217, 61),
+    "readlink": (89, None),
+    "readlinkat": (267, 78),
+    "getcwd": (79, 17),
+    "chdir": (80, 49),
+    "mkdir": (83, None),
+    "mkdirat": (258, 34),
+    "rmdir": (84, None),
+    "unlink": (87, None),
+    "unlinkat": (263, 35),
+    "rename": (82, None),
+    "renameat": (264, 38),
+    "renameat2": (316, 276),
+    "symlink": (88, None),
+    "symlinkat": (266, 36),
+    "ftruncate": (77, 46),
+    "fsync": (74, 82),
+    "fcntl": (72, 25),
+    "ioctl": (16, 29),
+    "dup": (32, 23),
+    "dup2": (33, None),
+    "dup3": (292, 24),
+    "pipe": (22, None),
+    "pipe2": (293, 59),
+    "poll": (7, None),
+    "ppoll": (271, 73),
+    "select": (23, None),
+    "pselect6": (270, 72),
+    "umask": (95, 166),
+    # memory
+    "mmap": (9, 222),
+    "munmap": (11, 215),
+    "mprotect": (10, 226),
+    "mremap": (25, 216),
+    "madvise": (28, 233),
+    "brk": (12, 214),
+    # time
+    "clock_gettime": (228, 113),
+    "clock_getres": (229, 114),
+    "clock_nanosleep": (230, 115),
+    "nanosleep": (35, 101),
+    "gettimeofday": (96, 169),
+    "time": (201, None),
+    "times": (100, 153),
+    "getrusage": (98, 165),
+    "alarm": (37, None),
+    "setitimer": (38, 103),
+    "getitimer": (36, 102),
+    # the process itself
+    "exit": (60, 93),
+    "exit_group": (231, 94),
+    "getpid": (39, 172),
+    "getppid": (110, 173),
+    "gettid": (186, 178),
+    "getuid": (102, 174),
+    "geteuid": (107, 175),
+    "getgid": (104, 176),
+    "getegid": (108, 177),
+    "uname": (63, 160),
+    "sysinfo": (99, 179),
+    "getrandom": (318, 278),
+    "rt_sigaction": (13, 134),
+    "rt_sigprocmask": (14, 135),
+    "rt_sigreturn": (15, 139),
+    "sigaltstack": (131, 132),
+    "sched_yield": (24, 124),
+    "sched_getaffinity": (204, 123),
+    "futex": (202, 98),
+    "set_robust_list": (273, 99),
+    "rseq": (334, 293),
+    "membarrier": (324, 283),
+}
+MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # place above, AUDIT_ARCH
+
+PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, PR_SET_DUMPABLE, SECCOMP_MODE_FILTER = 38, 22, 4, 2
+LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446
+READ_FILE, READ_DIR = 1 << 2, 1 << 3
+ACCESSES = {1: 0x1FFF, 2: 0x3FFF, 3: 0x7FFF, 4: 0x7FFF, 5: 0xFFFF}  # by Landlock's version
+IN_FOLDER = 0x7FFF & ~((1 << 0) | (1 << 6) | (1 << 9) | (1 << 10) | (1 << 11))
+"""Files, folders and symbolic links: no programs to execute, devices, sockets and pipes."""
+
+LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+class Cannot(Exception):
+    """Something that protects is not to be had."""
+
+
+def main() -> None:
+    told = json.loads(sys.stdin.buffer.read())
+    try:
+        os.chdir(told["folder"])
+        with open(os.devnull) as nothing:
+            os.dup2(nothing.fileno(), 0)
+        limit(told["limits"])
+        drop_capabilities()
+        _checked("no_new_privs", LIBC.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+        confine_files(told["readable"], told["folder"])
+        confine_syscalls()
+    except (Cannot, OSError) as error:
+        sys.stderr.write(f"{error}\n")
+        sys.stderr.flush()
+        os._exit(CANNOT)
+    scope = {"__name__": "__main__", "__builtins__": __builtins__}
+    exec(compile(told["program"], "program", "exec"), scope)
+    os.write(told["result"], told["token"].encode())
+    os._exit(0)  # what the program left for its exit is not run
+
+
+def limit(limits: dict[str, int]) -> None:
+    """Hard limits, by the names of the resource module."""
+    for name, most in limits.items():
+        resource.setrlimit(getattr(resource, name), (most, most))
+
+
+def drop_capabilities() -> None:
+    """Also of root, who could raise limits again and read what others own."""
+    header = struct.pack("=Ii", 0x20080522, 0)  # version 3, this process
+    _checked("capset", LIBC.capset(header, bytes(24)))
+    LIBC.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
+
+
+def confine_files(readable: list[str], folder: str) -> None:
+    """By Landlock, as much as this kernel's version knows."""
+    version = LIBC.syscall(LANDLOCK_CREATE, None, ctypes.c_size_t(0), 1)
+    if version < 1:
+        raise Cannot(f"Landlock (Linux 5.13 or newer, switched on): {_errno()}")
+    handled = ACCESSES[min(version, 5)]
+    attributes = struct.pack("=QQQ", handled, 0b11, 0b11)  # files; TCP; signals, abstract sockets
+    size = 24 if version >= 6 else 16 if version >= 4 else 8
+    ruleset = LIBC.syscall(LANDLOCK_CREATE, attributes, ctypes.c_size_t(size), 0)
+    if ruleset < 0:
+        raise Cannot(f"a Landlock ruleset: {_errno()}")
+    for path in readable:
+        access = READ_FILE | (READ_DIR if os.path.isdir(path) else 0)
+        _allow(ruleset, path, access & handled)
+    _allow(ruleset, folder, IN_FOLDER & handled)
+    _checked("landlock_restrict_self", LIBC.syscall(LANDLOCK_RESTRICT, ruleset, 0))
+    os.close(ruleset)
+
+
+def _allow(ruleset: int, path: str, access: int) -> None:
+    place = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    rule = struct.pack("=Qi", access, place)
+    _checked(f"landlock_add_rule {path}", LIBC.syscall(LANDLOCK_ADD, ruleset, 1, rule, 0))
+    os.close(place)
+
+
+def confine_syscalls() -> None:
+    """By seccomp: what isn't in ``SYSCALLS`` fails (EPERM); another architecture's calls kill."""
+    machine = platform.machine()
+    if machine not in MACHINES:
+        raise Cannot(f"a list of system calls for {machine}: known are {', '.join(MACHINES)}")
+    place, architecture = MACHINES[machine]
+    allow, refuse, kill = 0x7FFF0000, 0x00050001, 0x80000000
+    load, equal, ret, mask = 0x20, 0x15, 0x06, 0x54
+    flags_of = {"open": 24, "openat": 32}  # where the call's flags lie in seccomp_data
+    lines = [
+        (load, 0, 0, 4),
+        (equal, 1, 0, architecture),
+        (ret, 0, 0, kill),
+        (load, 0, 0, 0),
+    ]
+    for name, numbers in SYSCALLS.items():
+        number = numbers[place]
+        if number is None:
+            continue
+        if name in flags_of:  # O_TRUNC | O_RDONLY: early versions of Landlock let it pass
+            lines += [
+                (equal, 0, 5, number),
+                (load, 0, 0, flags_of[name]),
+                (mask, 0, 0, os.O_TRUNC | os.O_ACCMODE),
+                (equal, 0, 1, os.O_TRUNC | os.O_RDONLY),
+                (ret, 0, 0, refuse),
+                (ret, 0, 0, allow),
+            ]
+        else:
+            lines += [(equal, 0, 1, number), (ret, 0, 0, allow)]
+    lines.append((ret, 0, 0, refuse))
+    code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *line) for line in lines))
+    program = struct.pack("HxxxxxxP", len(lines), ctypes.addressof(code))
+    _checked("seccomp", LIBC.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, program, 0, 0))
+
+
+def _checked(what: str, status: int) -> None:
+    if status != 0:
+        raise Cannot(f"{what}: {_errno()}")
+
+
+def _errno() -> str:
+    return os.strerror(ctypes.get_errno())
+
+
+if __name__ == "__main__":
+    main()
