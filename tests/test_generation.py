@@ -43,7 +43,7 @@ def tiny_model(kind: str, positions: int = 64) -> Any:
     from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
     torch.manual_seed(3)
-    sizes = {"vocab_size": len(TOKENS), "max_position_embeddings": positions}
+    sizes: Any = {"vocab_size": len(TOKENS), "max_position_embeddings": positions}
     config: Any = (
         LlamaConfig(
             hidden_size=32,
@@ -303,12 +303,12 @@ def test_smollm_answers_prompts_of_many_lengths_together_as_alone() -> None:
     with open(Path(data_folder("gsm8k")) / "test.jsonl", encoding="utf-8") as lines:
         questions = sorted((json.loads(line)["question"] for line in list(lines)[:60]), key=len)
     base = load_base(config, AutoModelForCausalLM, None, torch.float32)
-    prompts = [base.processor(q + "\nAnswer:")["input_ids"] for q in questions[::11]]
-    assert len({len(prompt) for prompt in prompts}) == 6
-    generation = GenerationConfig(max_new_tokens=16)
-    together = write(base.model, base.processor, prompts, generation, range(6))
+    prompts = [base.processor(q + "\nAnswer:")["input_ids"] for q in questions[::18]]
+    assert len({len(prompt) for prompt in prompts}) == 4
+    generation = GenerationConfig(max_new_tokens=12)
+    together = write(base.model, base.processor, prompts, generation, range(4))
     assert together[:2] == [
-        [base.processor.decode(by_hand(base.model, prompt, 16, [base.processor.eos_token_id]))]
+        [base.processor.decode(by_hand(base.model, prompt, 12, [base.processor.eos_token_id]))]
         for prompt in prompts[:2]
     ]
     alone = [write(base.model, base.processor, [p], generation, [0])[0] for p in prompts]

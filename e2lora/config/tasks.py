@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -189,7 +190,11 @@ class SftConfig(PromptsConfig):
 
 
 class MultipleChoiceConfig(PromptsConfig):
-    """A prompt with several answers, of which the likeliest is the model's choice."""
+    """A prompt with several answers, of which the likeliest is the model's choice.
+
+    ``answer_column`` holds the right one's text; where choices have labels, its label; or its
+    place among them, from 0, where it is an integer (or, of two, a truth value).
+    """
 
     kind: Literal["multiple_choice"] = "multiple_choice"
     choices: tuple[str, ...] | None = Field(default=None, description="the same for every row")
@@ -199,6 +204,52 @@ class MultipleChoiceConfig(PromptsConfig):
     choices_pattern: str | None = Field(
         default=None, description="finds in the prompt, as its group, choices with / between them"
     )
+    answer_prefix: str = Field(
+        default="",
+        description="before every choice, and made tokens with it: a space behind 'Answer:'",
+    )
+
+    @model_validator(mode="after")
+    def _choices_are_named_once(self) -> MultipleChoiceConfig:
+        ways = ("choices", "choices_column", "choices_pattern")
+        given = [name for name in ways if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                "a row's choices are given by exactly one of `choices`, `choices_column` and "
+                f"`choices_pattern`; got {' and '.join(given) or 'none'}. Set one."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _choices_can_be_told_apart(self) -> MultipleChoiceConfig:
+        if self.choices is None:
+            return self
+        if len(set(self.choices)) < max(2, len(self.choices)) or not all(
+            map(str.strip, self.choices)
+        ):
+            raise ValueError(
+                "`choices` are two texts at least, all different and none of them empty; got "
+                f"{self.choices}. Correct them."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _pattern_has_a_group(self) -> MultipleChoiceConfig:
+        if self.choices_pattern is None:
+            return self
+        try:
+            groups = re.compile(self.choices_pattern).groups
+        except re.error as error:
+            raise ValueError(
+                f"`choices_pattern` must be a regular expression; got {self.choices_pattern!r}: "
+                f"{error}. Correct it."
+            ) from error
+        if groups != 1:
+            raise ValueError(
+                "`choices_pattern` finds the choices as its only group; got "
+                f"{self.choices_pattern!r} with {groups}. Put them, and nothing else, in (...)."
+            )
+        return self
 
 
 class CodeConfig(PromptsConfig):

@@ -18,6 +18,7 @@ from e2lora.config import AnyTaskConfig
 from e2lora.tasks.code import Code
 from e2lora.tasks.columns import Features, TokenRows, lengths_of
 from e2lora.tasks.image_classification import ImageClassification
+from e2lora.tasks.multiple_choice import MultipleChoice
 from e2lora.tasks.packing import cannot_pack
 from e2lora.tasks.regression import Regression
 from e2lora.tasks.sft import Sft
@@ -69,6 +70,7 @@ class TrialData:
 TASKS: dict[str, type[Task]] = {
     "code": Code,
     "image_classification": ImageClassification,
+    "multiple_choice": MultipleChoice,
     "regression": Regression,
     "sft": Sft,
     "text_classification": TextClassification,

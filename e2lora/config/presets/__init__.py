@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from e2lora.config.presets.choices import PRESETS as CHOICES
 from e2lora.config.presets.glue import PRESETS as GLUE
 from e2lora.config.presets.images import PRESETS as IMAGES
+from e2lora.config.presets.maths import PRESETS as MATHS
 from e2lora.config.presets.preset import Preset
 from e2lora.config.tasks import AnyTaskConfig
 
-TASK_PRESETS: dict[str, Preset] = {**GLUE, **IMAGES}
+TASK_PRESETS: dict[str, Preset] = {**GLUE, **IMAGES, **MATHS, **CHOICES}
 """``glue/cola``, ``gsm8k``, …: see the files of this folder."""
 
 
