@@ -163,7 +163,9 @@ class Counting(nn.Module):
 
     def __init__(self, inner: Any) -> None:
         super().__init__()
-        self.inner, self.sequences, self.widths = inner, [], []
+        self.inner = inner
+        self.sequences: list[int] = []
+        self.widths: list[int] = []
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, use_cache: bool) -> Any:
         self.sequences.append(len(input_ids))
@@ -408,9 +410,9 @@ def test_training_makes_the_right_choice_the_likeliest(tmp_path: Path, base: Bas
 
 COLOURS = ["red", "blue", "green"]
 FORMS: dict[str, tuple[dict[str, Any], Any, dict[str, Any], int]] = {
-    "fixed, by text": ({}, "blue", {"choices": COLOURS}, 1),
-    "fixed, by truth": ({}, True, {"choices": ["no", "yes"]}, 1),
-    "fixed, by place": ({}, 2, {"choices": COLOURS}, 2),
+    "fixed, by text": ({}, "blue", {"choices": tuple(COLOURS)}, 1),
+    "fixed, by truth": ({}, True, {"choices": ("no", "yes")}, 1),
+    "fixed, by place": ({}, 2, {"choices": tuple(COLOURS)}, 2),
     "a list, by text": ({"choices": COLOURS}, "green", {}, 2),
     "a list, by place": ({"choices": COLOURS}, 0, {}, 0),
     "letters": ({"choices": {"text": COLOURS, "label": ["A", "B", "C"]}}, "C", {}, 2),
@@ -464,7 +466,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("fault", WRONG)
 def test_row_that_has_no_right_choice_is_shown(tmp_path: Path, fault: str) -> None:
     change, message = WRONG[fault]
-    good = {"prompt": "good", "choices": COLOURS, "answer": "red"}
+    good: dict[str, Any] = {"prompt": "good", "choices": COLOURS, "answer": "red"}
     if isinstance(change.get("choices"), dict):
         good["choices"] = {"text": COLOURS, "label": ["A", "B", "C"]}
         good["answer"] = "A"
@@ -501,10 +503,10 @@ def test_choice_that_does_not_fit_is_refused(tmp_path: Path, base: Base) -> None
     ("options", "message"),
     [
         ({}, "exactly one of .*; got none"),
-        ({"choices": ["a", "b"], "choices_column": "c"}, "got choices and choices_column"),
-        ({"choices": ["a"]}, r"two texts at least.*got \('a',\)"),
-        ({"choices": ["a", "a"]}, "all different"),
-        ({"choices": ["a", ""]}, "none of them empty"),
+        ({"choices": ("a", "b"), "choices_column": "c"}, "got choices and choices_column"),
+        ({"choices": ("a",)}, r"two texts at least.*got \('a',\)"),
+        ({"choices": ("a", "a")}, "all different"),
+        ({"choices": ("a", "")}, "none of them empty"),
         ({"choices_pattern": "(a"}, r"must be a regular expression; got '\(a'"),
         ({"choices_pattern": "a/b"}, "only group; got 'a/b' with 0"),
         ({"choices_pattern": "(a)(b)"}, "with 2"),

@@ -268,7 +268,11 @@ class CodeConfig(PromptsConfig):
         description="in place of prompt and answer: conversations, of which the first exchange",
     )
     k: tuple[int, ...] = Field(default=(1,), min_length=1)
-    seconds: float = Field(default=10.0, gt=0, description="of wall-clock, per program")
+    seconds: float = Field(
+        default=10.0,
+        gt=0,
+        description="of CPU time, per program; four times as many by the clock",
+    )
     memory_mib: int = Field(default=1024, gt=0, description="per program")
     generation: GenerationConfig = GenerationConfig()
 

@@ -8,12 +8,13 @@ all that it takes; its publication shows three solved problems first, as ``num_s
 from __future__ import annotations
 
 import re
+import textwrap
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
 Row = Mapping[str, Any]
-CODE = re.compile(r"\A[ \t]+\S|^(?:def|class|import|from|@)\b", re.MULTILINE)  # begins with it
+CODE = re.compile(r"\A(?:[ \t]*\n)*[ \t]+\S|^(?:def|class|import|from|@)\b", re.MULTILINE)
 FENCE = re.compile(r"```[^\n]*\n(.*?)(?:\n```|\Z)", re.DOTALL)
 
 
@@ -62,7 +63,7 @@ class HumanEval(Problems):
             # prompt's own function must have a body to be read.
             code = f"{row['prompt']}\n    pass\n\n{code}"
         else:
-            code = row["prompt"] + code
+            code = row["prompt"] + as_body(code)
         return f"{code}\n\n{row['test']}\n\ncheck({name})\n"
 
 
@@ -98,3 +99,19 @@ def unfenced(answer: str) -> str:
     if fenced and not CODE.search(answer[: fenced.start()]):
         return fenced.group(1)
     return answer.partition("\n```")[0]
+
+
+def as_body(code: str) -> str:
+    """A function's body, indented where the answer has left that out: of its first line, or of all.
+
+    >>> as_body("x = 1\\n    return x"), as_body("x = 1\\nreturn x")
+    ('    x = 1\\n    return x', '    x = 1\\n    return x')
+    >>> as_body("    return 1")
+    '    return 1'
+    """
+    code = code.strip("\n")
+    first, *others = code.split("\n")
+    if first[:1].isspace():
+        return code
+    whole = any(line and not line[0].isspace() for line in others)
+    return textwrap.indent(code, "    ") if whole else f"    {code}"

@@ -1,9 +1,10 @@
 """Untrusted Python programs, each in a process that is locked in: see ``sandboxed.py``.
 
-Such a process has no network, no file but those of Python itself and its own empty folder, no
-environment, and can't start, signal or look into another one. What remains: it is the machine's own
-kernel that it calls, and a program that digs through its interpreter's memory can find the token by
-which it would seem to have passed its tests. It can lie about itself; it can't reach anything.
+Such a process has no network, reads no file but those of Python itself and writes none, has no
+environment, and can't start, signal or look into another process. What remains: it is the machine's
+own kernel that it calls; it can ask of any path whether it exists, how large and how old it is; and
+it can lie about itself, by objects that equal everything, or by digging in its interpreter's memory
+for the token that says that its tests have passed.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import math
 import os
 import secrets
 import selectors
-import shutil
 import signal
 import subprocess
 import sys
@@ -27,18 +27,18 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from e2lora.tasks.sandboxed import CANNOT
+from e2lora.tasks.sandboxed import LOCKED
 
 PROGRAM = Path(__file__).with_name("sandboxed.py")
 MIB = 2**20
-MOST_OUTPUT, MOST_WRITTEN, MOST_FILES = MIB, 64 * MIB, 1000
-LOOK_SECONDS = 0.05  # between two looks at what a program has written
+MOST_OUTPUT = MIB
+PATIENCE = 4  # times its seconds: a program also waits, for processors that others use
 SHOWN = 2000  # characters of what it printed last
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one program; ``seconds`` of CPU time as of the clock."""
+    """Of one program; ``seconds`` of CPU time, and by the clock ``PATIENCE`` times as many."""
 
     seconds: float = 10.0
     memory_mib: int = 1024
@@ -64,11 +64,56 @@ def run(program: str, limits: Limits = Limits()) -> Ran:
     Raises:
         RuntimeError: this machine has no sandbox.
     """
-    folder = tempfile.mkdtemp(prefix="e2lora-program-")
-    try:
+    with tempfile.TemporaryDirectory(prefix="e2lora-program-") as folder:
         return _run_in(folder, program, limits)
-    finally:
-        _remove(folder)
+
+
+def _run_in(folder: str, program: str, limits: Limits) -> Ran:
+    """With an empty folder, which stays empty, to be in."""
+    token, began = secrets.token_hex(16), time.monotonic()
+    result, its_result = os.pipe()
+    with open(result, "rb") as result_file:
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-s", "-S", "-P", "-B", str(PROGRAM)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                env={"PYTHONHASHSEED": "0", "PYTHONIOENCODING": "utf-8:replace"},
+                cwd=folder,
+                pass_fds=(its_result,),
+                start_new_session=True,
+            )
+        finally:
+            os.close(its_result)
+        told = {
+            "program": program,
+            "token": token,
+            "result": its_result,
+            "parent": os.getpid(),
+            "readable": [*_readable(), folder],
+            "limits": _rlimits(limits),
+        }
+        with process:
+            try:
+                ended, said = _watched(process, json.dumps(told).encode(), limits)
+            finally:
+                process.kill()
+        result_said = result_file.read()
+    if ended is None and not result_said.startswith(LOCKED):
+        raise RuntimeError(
+            "programs that a model wrote are run only in a sandbox, which this machine can't "
+            f"give: {said.strip()} (exit status {process.returncode}). Use Linux 5.13 or newer on "
+            "x86_64 or aarch64, or execution='off'."
+        )
+    if ended is None and result_said == LOCKED + token.encode():
+        return Ran("passed", said)
+    used_up = time.monotonic() - began >= limits.seconds
+    if ended is None and used_up and process.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
+        ended = "timed out"
+    if ended is None and (process.returncode == -signal.SIGKILL or _lacked_memory(said)):
+        ended = "out of memory"
+    return Ran(ended or "failed", said)
 
 
 def run_all(
@@ -117,58 +162,14 @@ assert refused(lambda: os.kill(os.getppid(), 0)), "a signal could be sent"
 """
 
 
-def _run_in(folder: str, program: str, limits: Limits) -> Ran:
-    token = secrets.token_hex(16)
-    result, its_result = os.pipe()
-    with open(result, "rb") as result_file:
-        try:
-            process = subprocess.Popen(
-                [sys.executable, "-s", "-S", "-P", "-B", str(PROGRAM)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                env={"PYTHONHASHSEED": "0", "PYTHONIOENCODING": "utf-8:replace"},
-                cwd="/",
-                pass_fds=(its_result,),
-                start_new_session=True,
-            )
-        finally:
-            os.close(its_result)
-        told = {
-            "program": program,
-            "token": token,
-            "result": its_result,
-            "folder": folder,
-            "readable": _readable(),
-            "limits": _rlimits(limits),
-        }
-        with process:
-            try:
-                ended, said = _watched(process, json.dumps(told).encode(), folder, limits)
-            finally:
-                process.kill()
-        if process.returncode == CANNOT:
-            raise RuntimeError(
-                "programs that a model wrote are run only in a sandbox, which this machine can't "
-                f"give: {said.strip()}. Use Linux 5.13 or newer on x86_64 or aarch64, or "
-                "execution='off'."
-            )
-        if ended is None and result_file.read() == token.encode():
-            return Ran("passed", said)
-    if ended is None and process.returncode == -signal.SIGXCPU:
-        ended = "timed out"
-    if ended is None and (process.returncode == -signal.SIGKILL or _lacked_memory(said)):
-        ended = "out of memory"
-    return Ran(ended or "failed", said)
-
-
 def _watched(
-    process: subprocess.Popen[bytes], told: bytes, folder: str, limits: Limits
+    process: subprocess.Popen[bytes], told: bytes, limits: Limits
 ) -> tuple[str | None, str]:
     """Why the process had to be ended, or None; and what it printed last."""
     assert process.stdin is not None
     assert process.stdout is not None
-    until, printed, tail = time.monotonic() + limits.seconds, 0, b""
+    until = time.monotonic() + PATIENCE * limits.seconds
+    printed, tail = 0, b""
     try:
         process.stdin.write(told)
         process.stdin.close()
@@ -177,14 +178,14 @@ def _watched(
     with selectors.DefaultSelector() as selector:
         selector.register(process.stdout, selectors.EVENT_READ)
         while True:
-            if time.monotonic() > until:
+            left = until - time.monotonic()
+            if left <= 0 or not selector.select(left):
                 return "timed out", _text(tail)
-            if selector.select(LOOK_SECONDS):
-                chunk = os.read(process.stdout.fileno(), 2**16)
-                if not chunk:  # all of its descriptors are closed: it has ended, or will
-                    break
-                printed, tail = printed + len(chunk), (tail + chunk)[-SHOWN:]
-            if printed > MOST_OUTPUT or _written(folder) > MOST_WRITTEN:
+            chunk = os.read(process.stdout.fileno(), 2**16)
+            if not chunk:  # all of its descriptors are closed: it has ended, or will
+                break
+            printed, tail = printed + len(chunk), (tail + chunk)[-SHOWN:]
+            if printed > MOST_OUTPUT:
                 return "wrote too much", _text(tail)
     try:
         process.wait(max(0.0, until - time.monotonic()))
@@ -198,7 +199,7 @@ def _rlimits(limits: Limits) -> dict[str, int]:
         "RLIMIT_CPU": math.ceil(limits.seconds),
         "RLIMIT_AS": limits.memory_mib * MIB,
         "RLIMIT_DATA": limits.memory_mib * MIB,
-        "RLIMIT_FSIZE": MOST_WRITTEN,
+        "RLIMIT_FSIZE": 0,
         "RLIMIT_NOFILE": 64,
         "RLIMIT_CORE": 0,
     }
@@ -215,21 +216,6 @@ def _readable() -> list[str]:
     return sorted(found)
 
 
-def _written(folder: str) -> int:
-    """Bytes below a folder; many files count as many bytes."""
-    total = 0
-    for place, _, files in os.walk(folder):
-        for name in files:
-            total += MOST_WRITTEN // MOST_FILES
-            try:
-                total += os.lstat(os.path.join(place, name)).st_blocks * 512
-            except FileNotFoundError:
-                continue
-            if total > MOST_WRITTEN:
-                return total
-    return total
-
-
 def _lacked_memory(said: str) -> bool:
     lines = said.strip().splitlines()
     return bool(lines) and lines[-1].startswith("MemoryError")
@@ -237,13 +223,3 @@ def _lacked_memory(said: str) -> bool:
 
 def _text(tail: bytes) -> str:
     return tail.decode("utf-8", "replace")
-
-
-def _remove(folder: str) -> None:
-    """Also folders that the program has made unreadable; links in it are not followed."""
-    shutil.rmtree(folder, ignore_errors=True)
-    if os.path.lexists(folder):
-        for place, folders, _ in os.walk(folder):
-            for name in folders:
-                os.chmod(os.path.join(place, name), 0o700, follow_symlinks=False)
-        shutil.rmtree(folder)

@@ -1,9 +1,11 @@
 """Runs one untrusted program, after this process has locked itself in. A script of its own.
 
-What it is told stands on stdin, as JSON; the token goes to the result's descriptor once the program
-has run to its end. Before the program's first line:
+What it is told stands on stdin, as JSON. To the result's descriptor goes ``LOCKED`` before the
+program begins, and the token once it has run to its end. Before the program's first line:
 
-* Landlock (Linux 5.13): files are read below ``readable`` only, written and made in ``folder``;
+* it ends with the process that started it;
+* Landlock (Linux 5.13): files are read below ``readable`` only, none is written or made, not even in
+  the empty folder that it is in;
 * seccomp: system calls that aren't listed here fail, so there is no network, no other process or
   thread, no signal to others, no tracing, no mounting, no changing of limits, modes and owners;
 * capabilities are dropped, limits on time, memory, files and descriptors set.
@@ -19,20 +21,21 @@ import json
 import os
 import platform
 import resource
+import signal
 import struct
 import sys
 
-CANNOT = 97  # exit status
+CANNOT = 97  # exit status; the program's own, if behind LOCKED
+LOCKED = b"locked "
 
 # system call → its number on x86_64 and aarch64 (None: doesn't exist there)
 SYSCALLS: dict[str, tuple[int | None, int | None]] = {
-    # files: where, Landlock says
+    # files: which, Landlock says
     "read": (0, 63),
     "write": (1, 64),
     "readv": (19, 65),
     "writev": (20, 66),
     "pread64": (17, 67),
-    "pwrite64": (18, 68),
     "lseek": (8, 62),
     "open": (2, None),
     "openat": (257, 56),
@@ -51,18 +54,6 @@ SYSCALLS: dict[str, tuple[int | None, int | None]] = {
     "readlinkat": (267, 78),
     "getcwd": (79, 17),
     "chdir": (80, 49),
-    "mkdir": (83, None),
-    "mkdirat": (258, 34),
-    "rmdir": (84, None),
-    "unlink": (87, None),
-    "unlinkat": (263, 35),
-    "rename": (82, None),
-    "renameat": (264, 38),
-    "renameat2": (316, 276),
-    "symlink": (88, None),
-    "symlinkat": (266, 36),
-    "ftruncate": (77, 46),
-    "fsync": (74, 82),
     "fcntl": (72, 25),
     "ioctl": (16, 29),
     "dup": (32, 23),
@@ -74,7 +65,6 @@ SYSCALLS: dict[str, tuple[int | None, int | None]] = {
     "ppoll": (271, 73),
     "select": (23, None),
     "pselect6": (270, 72),
-    "umask": (95, 166),
     # memory
     "mmap": (9, 222),
     "munmap": (11, 215),
@@ -120,12 +110,18 @@ SYSCALLS: dict[str, tuple[int | None, int | None]] = {
 }
 MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # place above, AUDIT_ARCH
 
-PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, PR_SET_DUMPABLE, SECCOMP_MODE_FILTER = 38, 22, 4, 2
+# system call → which of its arguments must have none of these bits, or be one of these commands
+NO_BITS = {"open": 1, "openat": 2}
+WRITING = os.O_ACCMODE | os.O_CREAT | os.O_TRUNC | (os.O_TMPFILE & ~os.O_DIRECTORY)
+COMMANDS = {
+    "fcntl": (1, (0, 1, 2, 3, 1030)),  # no signals to owners of descriptors: F_SETOWN, O_ASYNC
+    "ioctl": (1, (0x5401, 0x5450, 0x5451)),  # whether it is a terminal; closed on exec
+}
+
+PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 1, 38, 22, 2
 LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446
 READ_FILE, READ_DIR = 1 << 2, 1 << 3
 ACCESSES = {1: 0x1FFF, 2: 0x3FFF, 3: 0x7FFF, 4: 0x7FFF, 5: 0xFFFF}  # by Landlock's version
-IN_FOLDER = 0x7FFF & ~((1 << 0) | (1 << 6) | (1 << 9) | (1 << 10) | (1 << 11))
-"""Files, folders and symbolic links: no programs to execute, devices, sockets and pipes."""
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -137,22 +133,31 @@ class Cannot(Exception):
 def main() -> None:
     told = json.loads(sys.stdin.buffer.read())
     try:
-        os.chdir(told["folder"])
+        end_with_parent(told["parent"])
         with open(os.devnull) as nothing:
             os.dup2(nothing.fileno(), 0)
         limit(told["limits"])
         drop_capabilities()
         _checked("no_new_privs", LIBC.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
-        confine_files(told["readable"], told["folder"])
+        confine_files(told["readable"])
         confine_syscalls()
     except (Cannot, OSError) as error:
         sys.stderr.write(f"{error}\n")
         sys.stderr.flush()
         os._exit(CANNOT)
+    os.write(told["result"], LOCKED)
     scope = {"__name__": "__main__", "__builtins__": __builtins__}
-    exec(compile(told["program"], "program", "exec"), scope)
+    # Without this file's own `from __future__ import annotations`.
+    exec(compile(told["program"], "program", "exec", dont_inherit=True), scope)
     os.write(told["result"], told["token"].encode())
     os._exit(0)  # what the program left for its exit is not run
+
+
+def end_with_parent(parent: int) -> None:
+    """Killed when the thread that started this process ends, however it does."""
+    _checked("PR_SET_PDEATHSIG", LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0))
+    if os.getppid() != parent:
+        os._exit(1)  # it had ended before
 
 
 def limit(limits: dict[str, int]) -> None:
@@ -165,10 +170,9 @@ def drop_capabilities() -> None:
     """Also of root, who could raise limits again and read what others own."""
     header = struct.pack("=Ii", 0x20080522, 0)  # version 3, this process
     _checked("capset", LIBC.capset(header, bytes(24)))
-    LIBC.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
-def confine_files(readable: list[str], folder: str) -> None:
+def confine_files(readable: list[str]) -> None:
     """By Landlock, as much as this kernel's version knows."""
     version = LIBC.syscall(LANDLOCK_CREATE, None, ctypes.c_size_t(0), 1)
     if version < 1:
@@ -182,7 +186,6 @@ def confine_files(readable: list[str], folder: str) -> None:
     for path in readable:
         access = READ_FILE | (READ_DIR if os.path.isdir(path) else 0)
         _allow(ruleset, path, access & handled)
-    _allow(ruleset, folder, IN_FOLDER & handled)
     _checked("landlock_restrict_self", LIBC.syscall(LANDLOCK_RESTRICT, ruleset, 0))
     os.close(ruleset)
 
@@ -201,8 +204,7 @@ def confine_syscalls() -> None:
         raise Cannot(f"a list of system calls for {machine}: known are {', '.join(MACHINES)}")
     place, architecture = MACHINES[machine]
     allow, refuse, kill = 0x7FFF0000, 0x00050001, 0x80000000
-    load, equal, ret, mask = 0x20, 0x15, 0x06, 0x54
-    flags_of = {"open": 24, "openat": 32}  # where the call's flags lie in seccomp_data
+    load, equal, any_bit, ret = 0x20, 0x15, 0x45, 0x06
     lines = [
         (load, 0, 0, 4),
         (equal, 1, 0, architecture),
@@ -213,17 +215,15 @@ def confine_syscalls() -> None:
         number = numbers[place]
         if number is None:
             continue
-        if name in flags_of:  # O_TRUNC | O_RDONLY: early versions of Landlock let it pass
-            lines += [
-                (equal, 0, 5, number),
-                (load, 0, 0, flags_of[name]),
-                (mask, 0, 0, os.O_TRUNC | os.O_ACCMODE),
-                (equal, 0, 1, os.O_TRUNC | os.O_RDONLY),
-                (ret, 0, 0, refuse),
-                (ret, 0, 0, allow),
-            ]
-        else:
-            lines += [(equal, 0, 1, number), (ret, 0, 0, allow)]
+        then = [(ret, 0, 0, allow)]
+        if name in NO_BITS:  # an argument's lower half lies at 16 + 8 × its place
+            then = [(load, 0, 0, 16 + 8 * NO_BITS[name]), (any_bit, 1, 0, WRITING), *then]
+            then += [(ret, 0, 0, refuse)]
+        if name in COMMANDS:
+            argument, commands = COMMANDS[name]
+            tried = [line for c in commands for line in ((equal, 0, 1, c), (ret, 0, 0, allow))]
+            then = [(load, 0, 0, 16 + 8 * argument), *tried, (ret, 0, 0, refuse)]
+        lines += [(equal, 0, len(then), number), *then]
     lines.append((ret, 0, 0, refuse))
     code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *line) for line in lines))
     program = struct.pack("HxxxxxxP", len(lines), ctypes.addressof(code))
