@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from e2lora.generation import write
+from e2lora.generation import require_room, write
 from e2lora.partitioned import is_partitioned
 from e2lora.tasks import TrialData
 from e2lora.tasks.columns import lengths_of, picked
@@ -74,6 +74,8 @@ def judge_answers(
     prompts = task.prompts(split, processor)
     if split == "validation":
         prompts = prompts[: generation.max_validation_rows]
+    if prompts:
+        require_room(model, prompts, generation)  # the longest come last: not after hours
     judged: dict[int, RowScore] = {}
     synced = is_partitioned(model)
     shares = _Shares([len(p) for p in prompts], generation.batch_size, group, synced)

@@ -44,7 +44,7 @@ ROWS = [
     {
         "prompt": f"{'very ' * (i % 4)}{WORDS[i % 6]}, and {i}?",
         "choices": [WORDS[(i + k) % 6] for k in range(2 + i % 4)],
-        "answer": WORDS[(i + i % 2) % 6],
+        "answer": WORDS[(i + (i % 3 == 1)) % 6],
     }
     for i in range(12)
 ]

@@ -1,12 +1,15 @@
-"""What stands before an answer, and how an answer ends: written out, and by a real chat template."""
+"""What stands before an answer, and how an answer ends: written out, and by a real template."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from e2lora.config import PromptsConfig
+from e2lora.config import PromptsConfig, SftConfig
+from e2lora.tasks import load_task
 from e2lora.tasks.prompts import Prompter, end_of_turn
 from tests.conftest import model_folder
 from tests.test_generation import tiny_tokenizer
@@ -77,7 +80,7 @@ def test_no_row_is_shown_its_own_answer_and_each_has_as_many_examples() -> None:
 
 
 def test_too_few_rows_for_the_examples_are_refused() -> None:
-    with pytest.raises(ValueError, match="num_shots=4 and 4 such rows in 'any'. Lower `num_shots`"):
+    with pytest.raises(ValueError, match=r"num_shots=4 and 4 such rows in 'any'\. Lower"):
         prompter(num_shots=4)
     with pytest.raises(ValueError, match="num_shots=1 and 1 such rows"):
         prompter(["a", "a", "b"], ["1", "2", ""], num_shots=1)
@@ -103,27 +106,45 @@ def test_another_block_like_the_examples_stops_an_answer(
 # ---- token ids --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"num_shots": 2}, {"chat": True}, {"chat": True, "num_shots": 2, "system": "Add."}],
-)
-def test_prompt_ids_begin_the_ids_of_the_whole_row(smollm: Any, options: dict[str, Any]) -> None:
+WAYS: list[dict[str, Any]] = [
+    {},
+    {"num_shots": 2},
+    {"chat": True},
+    {"chat": True, "num_shots": 2, "system": "Add."},
+]
+
+
+@pytest.mark.parametrize("options", WAYS)
+def test_answer_stands_behind_its_prompt_as_it_was_given(
+    smollm: Any, options: dict[str, Any]
+) -> None:
     made = prompter(template=QUESTION, **options)
     answers = ["10", " 10", "\n10", "1\n\n2", ""]
     prompts = ["5 + 5?"] * len(answers)
     asked = made.prompt_ids(smollm, prompts)
-    for before, after, answer in zip(
-        asked, made.answer_ids(smollm, prompts, answers), answers, strict=True
-    ):
+    closed = made.answer_ids(smollm, prompts, answers)
+    for before, after, answer in zip(asked, closed, answers, strict=True):
         assert after[-1] == smollm.eos_token_id
-        whole = smollm.decode([*before, *after[:-1]])
-        assert whole.startswith(smollm.decode(before))
-        assert whole == smollm.decode(before) + answer
-        # the model that writes these tokens has written this answer
+        assert smollm.decode([*before, *after[:-1]]) == smollm.decode(before) + answer
+        # a model that writes these tokens has written this answer
         assert smollm.decode(after, skip_special_tokens=True) == answer
-    plain = [made.text(prompt) for prompt in prompts]
-    if not made.config.chat:
-        assert [smollm.decode(ids) for ids in asked] == plain
+        if not made.config.chat:
+            assert smollm.decode(before) == made.text("5 + 5?")
+
+
+@pytest.mark.parametrize("options", WAYS)
+def test_prompt_ids_begin_the_ids_of_the_whole_row(
+    smollm: Any, options: dict[str, Any], tmp_path: Path
+) -> None:
+    rows = [{"prompt": p, "answer": a} for p, a in zip(PROMPTS * 3, ANSWERS * 3, strict=True)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = SftConfig(data=str(tmp_path), template=QUESTION, validation_size=4, **options)
+    task = load_task(config)
+    prompts = task.prompts("validation", smollm)
+    for ids, row in zip(prompts, task.features("validation", smollm), strict=True):
+        assert row["input_ids"][: len(ids)] == ids
+        assert row["labels"] == [-100] * len(ids) + row["input_ids"][len(ids) :]
+        assert len(row["input_ids"]) > len(ids)
 
 
 def test_what_a_tokenizer_puts_around_a_text_stands_at_its_begin_only() -> None:
@@ -190,11 +211,11 @@ def test_tokenizer_without_chat_template_is_refused() -> None:
 
 def test_what_a_template_refuses_is_said_with_its_reason() -> None:
     template = (
-        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
         + CHATML
     )
     prompter(chat=True).prompt_ids(tiny_chat(template), ["a"])
-    with pytest.raises(ValueError, match="no system turns.*Leave out `system`"):
+    with pytest.raises(ValueError, match=r"no system\. Leave out `system`"):
         prompter(chat=True, system="Add.").prompt_ids(tiny_chat(template), ["a"])
 
 

@@ -165,9 +165,8 @@ def test_same_command_again_runs_nothing_and_more_trials_extend(undisturbed: Pat
     require_whole(undisturbed, study, num_trials=5)
 
 
-@pytest.mark.parametrize(
-    "num_workers", [1, pytest.param(2, marks=pytest.mark.slow)], ids=["alone", "one-of-two"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("num_workers", [1, 2], ids=["alone", "one-of-two"])
 def test_killed_worker_costs_an_attempt_and_changes_no_number(
     num_workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

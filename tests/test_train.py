@@ -293,7 +293,7 @@ def test_stopped_and_resumed_training_equals_a_plain_loop(
     require_all_as_plain(folder, plain, world, QUICK[world])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("world", WORLDS)
 def test_every_stage_system_and_accumulation_equals_a_plain_loop(
     folder: Path, plain: dict[str, Trained], world: int

@@ -418,6 +418,17 @@ def test_workers_score_every_row_once_however_few(
 
 @long
 @pytest.mark.parametrize("world", WORLDS)
+def test_answers_of_a_partitioned_model_are_those_of_a_whole_one(
+    found: Any, folder: Path, world: int
+) -> None:
+    """Seven prompts in batches of three: two workers have different numbers of them."""
+    whole = zero3.load(folder, "llama", partitioned=False)
+    expected = zero3.answers_of(whole.model)
+    assert all(results["answers"] == expected for results in found[world])
+
+
+@long
+@pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("kind", KINDS_TRIED)
 def test_every_family_makes_of_a_partitioned_base_what_it_makes_of_a_plain_one(
     found: Any, folder: Path, kind: str, world: int

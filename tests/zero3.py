@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from e2lora.adapters import FAMILIES, adapt, trainable_parameters
 from e2lora.adapters.family import DEFAULT_NAME
 from e2lora.adapters.storage import save_adapter
-from e2lora.config import AdapterConfig, ModelConfig, TrainConfig
-from e2lora.evaluate import score_rows
+from e2lora.config import AdapterConfig, GenerationConfig, ModelConfig, TrainConfig
+from e2lora.evaluate import judge_answers, score_rows
 from e2lora.gathering import gathered_as_needed
 from e2lora.gradients import Microbatch, Round, measure_gradients
 from e2lora.gradients.whole import sum_gradients
@@ -32,7 +32,7 @@ from e2lora.partitioned import Partitioning
 from e2lora.plan import SharingPlan
 from e2lora.targets import find_targets
 from e2lora.tasks import TrialData
-from e2lora.tasks.scores import RowScore
+from e2lora.tasks.scores import Judgement, RowScore
 from e2lora.training.activations import activation_checkpointed
 from e2lora.training.engine import Engine, learning_rate_factor
 from e2lora.weights import weights_fingerprint
@@ -244,6 +244,53 @@ def scores_of(model: Any, number: int, group: Any = None) -> list[float]:
     return [score.loss for score in score_rows(model, data, "validation", None, 2, group)]
 
 
+class Numbers:
+    """A tokenizer whose texts are the numbers of their tokens."""
+
+    pad_token_id = chat_template = None
+    eos_token_id = 7
+
+    def decode(self, ids: list[int], **options: Any) -> str:
+        return " ".join(map(str, ids))
+
+
+class Prompts(Rows):
+    """Seven prompts of different lengths; an answer's judgement is its text."""
+
+    def __init__(self, generation: GenerationConfig) -> None:
+        self._generation = generation
+
+    def generation(self, split: str) -> GenerationConfig:
+        return self._generation
+
+    def prompts(self, split: str, tokenizer: Any) -> list[list[int]]:
+        draw = torch.Generator().manual_seed(0)
+        return [torch.randint(8, 64, (n,), generator=draw).tolist() for n in (3, 9, 5, 2, 12, 7, 4)]
+
+    def judge(self, split: str, numbers: Any, texts: Any) -> list[Judgement]:
+        return [Judgement({}, text, None) for text in texts]
+
+
+WRITING = {
+    "greedy": GenerationConfig(max_new_tokens=20, batch_size=3),
+    "stopped": GenerationConfig(max_new_tokens=20, batch_size=3, stop=(" 1",)),
+    "by chance": GenerationConfig(
+        max_new_tokens=20, batch_size=3, temperature=1.5, top_p=0.9, num_samples=2
+    ),
+}
+
+
+def answers_of(model: Any, group: Any = None) -> dict[str, list[list[str]]]:
+    """What the model writes, by the workers of a group together."""
+    found = {}
+    for name, generation in WRITING.items():
+        data = TrialData(Prompts(generation), [], [])  # type: ignore[arg-type]
+        scores = [RowScore({}, 0.0, 1)] * 7
+        judged = judge_answers(model, data, "validation", Numbers(), scores, group)
+        found[name] = [score.prediction for score in judged]
+    return found
+
+
 SHARES = {"even": (4, 4), "uneven": (6, 2), "nothing on the second": (8, 0)}
 """Rows of each worker, in microbatches of two, where gradients are measured."""
 
@@ -307,6 +354,8 @@ def work(folder: Path, rank: int, world: int) -> dict[str, Any]:
             results[f"{kind} scores"] = {
                 number: scores_of(base.model, number, group) for number in (1, 2, 5, 8)
             }
+            if kind == "llama":
+                results["answers"] = answers_of(base.model, group)
         results[f"{kind} handover"] = hand_over(folder, kind, base, world)
     return results
 

@@ -2,9 +2,10 @@
 
 Such a process has no network, reads no file but those of Python itself and writes none, has no
 environment, and can't start, signal or look into another process. What remains: it is the machine's
-own kernel that it calls; it can ask of any path whether it exists, how large and how old it is; and
-it can lie about itself, by objects that equal everything, or by digging in its interpreter's memory
-for the token that says that its tests have passed.
+own kernel that it calls; it can ask of any path whether it exists, how large and how old it is, and
+where a link leads; and it can lie about itself, since its tests run in the same interpreter: by
+objects that equal everything, by replacing what the tests call, or by taking, from the frames or
+the memory of that interpreter, the token that says that they have passed.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from io import FileIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +35,7 @@ PROGRAM = Path(__file__).with_name("sandboxed.py")
 MIB = 2**20
 MOST_OUTPUT = MIB
 PATIENCE = 4  # times its seconds: a program also waits, for processors that others use
+START_UP = 120.0  # seconds until a process is locked in, by the clock
 SHOWN = 2000  # characters of what it printed last
 
 
@@ -58,21 +61,34 @@ class Ran(NamedTuple):
         return self.reason == "passed"
 
 
-def run(program: str, limits: Limits = Limits()) -> Ran:
+def run(
+    program: str,
+    limits: Limits = Limits(),
+    on_start: Callable[[subprocess.Popen[bytes]], None] = lambda process: None,
+) -> Ran:
     """Run a program; it has passed when it ran to its end, without an error or an early exit.
+
+    Args:
+        on_start: is given the process, to end it early.
 
     Raises:
         RuntimeError: this machine has no sandbox.
     """
     with tempfile.TemporaryDirectory(prefix="e2lora-program-") as folder:
-        return _run_in(folder, program, limits)
+        return _run_in(folder, program, limits, on_start)
 
 
-def _run_in(folder: str, program: str, limits: Limits) -> Ran:
+def _run_in(
+    folder: str,
+    program: str,
+    limits: Limits,
+    on_start: Callable[[subprocess.Popen[bytes]], None],
+) -> Ran:
     """With an empty folder, which stays empty, to be in."""
-    token, began = secrets.token_hex(16), time.monotonic()
+    token = secrets.token_hex(16)
     result, its_result = os.pipe()
-    with open(result, "rb") as result_file:
+    os.set_blocking(result, False)  # whoever else holds its other end can't keep us waiting
+    with open(result, "rb", buffering=0) as result_file:
         try:
             process = subprocess.Popen(
                 [sys.executable, "-s", "-S", "-P", "-B", str(PROGRAM)],
@@ -96,11 +112,15 @@ def _run_in(folder: str, program: str, limits: Limits) -> Ran:
         }
         with process:
             try:
-                ended, said = _watched(process, json.dumps(told).encode(), limits)
+                on_start(process)
+                _tell(process, json.dumps(told).encode(), result_file)
+                began = time.monotonic()
+                ended, said = _watched(process, began + PATIENCE * limits.seconds)
+                lasted = time.monotonic() - began
             finally:
                 process.kill()
-        result_said = result_file.read()
-    if ended is None and not result_said.startswith(LOCKED):
+        result_said = result_file.read() or b""
+    if not result_said.startswith(LOCKED):
         raise RuntimeError(
             "programs that a model wrote are run only in a sandbox, which this machine can't "
             f"give: {said.strip()} (exit status {process.returncode}). Use Linux 5.13 or newer on "
@@ -108,7 +128,7 @@ def _run_in(folder: str, program: str, limits: Limits) -> Ran:
         )
     if ended is None and result_said == LOCKED + token.encode():
         return Ran("passed", said)
-    used_up = time.monotonic() - began >= limits.seconds
+    used_up = lasted >= limits.seconds
     if ended is None and used_up and process.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
         ended = "timed out"
     if ended is None and (process.returncode == -signal.SIGKILL or _lacked_memory(said)):
@@ -121,15 +141,22 @@ def run_all(
     limits: Limits = Limits(),
     on_done: Callable[[], None] = lambda: None,
 ) -> list[Ran]:
-    """Run programs, as many at a time as there are CPUs."""
+    """Run programs, as many at a time as there are CPUs; interrupted, it ends them."""
+    started: list[subprocess.Popen[bytes]] = []
 
     def one(program: str) -> Ran:
-        ran = run(program, limits)
+        ran = run(program, limits, started.append)
         on_done()
         return ran
 
     with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)))) as pool:
-        return list(pool.map(one, programs))
+        try:
+            return list(pool.map(one, programs))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in started:
+                process.kill()
+            raise
 
 
 @lru_cache(maxsize=1)
@@ -162,19 +189,23 @@ assert refused(lambda: os.kill(os.getppid(), 0)), "a signal could be sent"
 """
 
 
-def _watched(
-    process: subprocess.Popen[bytes], told: bytes, limits: Limits
-) -> tuple[str | None, str]:
-    """Why the process had to be ended, or None; and what it printed last."""
+def _tell(process: subprocess.Popen[bytes], told: bytes, result: FileIO) -> None:
+    """What it shall run; returns when it has locked itself in, has ended, or takes too long."""
     assert process.stdin is not None
-    assert process.stdout is not None
-    until = time.monotonic() + PATIENCE * limits.seconds
-    printed, tail = 0, b""
     try:
-        process.stdin.write(told)
-        process.stdin.close()
+        with process.stdin:
+            process.stdin.write(told)
     except BrokenPipeError:  # it ended before it heard: what it printed says why
         pass
+    with selectors.DefaultSelector() as selector:
+        selector.register(result, selectors.EVENT_READ)
+        selector.select(START_UP)
+
+
+def _watched(process: subprocess.Popen[bytes], until: float) -> tuple[str | None, str]:
+    """Why the process had to be ended, or None; and what it printed last."""
+    assert process.stdout is not None
+    printed, tail = 0, b""
     with selectors.DefaultSelector() as selector:
         selector.register(process.stdout, selectors.EVENT_READ)
         while True:
@@ -209,7 +240,8 @@ def _rlimits(limits: Limits) -> dict[str, int]:
 def _readable() -> list[str]:
     """What Python itself needs: its library, and the machine's shared ones."""
     paths = sysconfig.get_paths()
-    named = [paths["stdlib"], paths["platstdlib"], sysconfig.get_config_var("LIBDIR")]
+    variables = sysconfig.get_config_vars("DESTSHARED", "LIBDIR")
+    named = [paths["stdlib"], *variables]  # of a virtual environment, what it was made from
     named += ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache"]
     named += ["/usr/share/zoneinfo", "/dev/null", "/dev/zero", "/dev/urandom"]
     found = {os.path.realpath(path) for path in named if path and os.path.exists(path)}

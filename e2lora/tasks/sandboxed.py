@@ -4,8 +4,8 @@ What it is told stands on stdin, as JSON. To the result's descriptor goes ``LOCK
 program begins, and the token once it has run to its end. Before the program's first line:
 
 * it ends with the process that started it;
-* Landlock (Linux 5.13): files are read below ``readable`` only, none is written or made, not even in
-  the empty folder that it is in;
+* Landlock (Linux 5.13): files are read below ``readable`` only, none is written or made, not even
+  in the empty folder that it is in;
 * seccomp: system calls that aren't listed here fail, so there is no network, no other process or
   thread, no signal to others, no tracing, no mounting, no changing of limits, modes and owners;
 * capabilities are dropped, limits on time, memory, files and descriptors set.
@@ -40,7 +40,6 @@ SYSCALLS: dict[str, tuple[int | None, int | None]] = {
     "open": (2, None),
     "openat": (257, 56),
     "close": (3, 57),
-    "close_range": (436, 436),
     "stat": (4, None),
     "lstat": (6, None),
     "fstat": (5, 80),
@@ -53,7 +52,6 @@ SYSCALLS: dict[str, tuple[int | None, int | None]] = {
     "readlink": (89, None),
     "readlinkat": (267, 78),
     "getcwd": (79, 17),
-    "chdir": (80, 49),
     "fcntl": (72, 25),
     "ioctl": (16, 29),
     "dup": (32, 23),
@@ -104,9 +102,6 @@ SYSCALLS: dict[str, tuple[int | None, int | None]] = {
     "sched_yield": (24, 124),
     "sched_getaffinity": (204, 123),
     "futex": (202, 98),
-    "set_robust_list": (273, 99),
-    "rseq": (334, 293),
-    "membarrier": (324, 283),
 }
 MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # place above, AUDIT_ARCH
 
@@ -118,7 +113,8 @@ COMMANDS = {
     "ioctl": (1, (0x5401, 0x5450, 0x5451)),  # whether it is a terminal; closed on exec
 }
 
-PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 1, 38, 22, 2
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP = 1, 4, 38, 22
+SECCOMP_MODE_FILTER = 2
 LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446
 READ_FILE, READ_DIR = 1 << 2, 1 << 3
 ACCESSES = {1: 0x1FFF, 2: 0x3FFF, 3: 0x7FFF, 4: 0x7FFF, 5: 0xFFFF}  # by Landlock's version
@@ -138,6 +134,7 @@ def main() -> None:
             os.dup2(nothing.fileno(), 0)
         limit(told["limits"])
         drop_capabilities()
+        _checked("dumpable", LIBC.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0))  # no core, not by a pipe either
         _checked("no_new_privs", LIBC.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
         confine_files(told["readable"])
         confine_syscalls()
@@ -161,9 +158,13 @@ def end_with_parent(parent: int) -> None:
 
 
 def limit(limits: dict[str, int]) -> None:
-    """Hard limits, by the names of the resource module."""
+    """Hard limits, by the names of the resource module; a lower one that it was born with stays."""
     for name, most in limits.items():
-        resource.setrlimit(getattr(resource, name), (most, most))
+        kind = getattr(resource, name)
+        _, born_with = resource.getrlimit(kind)
+        if born_with != resource.RLIM_INFINITY:
+            most = min(most, born_with)
+        resource.setrlimit(kind, (most, most))
 
 
 def drop_capabilities() -> None:

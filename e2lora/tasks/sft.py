@@ -89,8 +89,9 @@ class Sft(Prompted):
         if config.final_column:
             return rows[config.final_column][:]
         found: list[str] = []
+        values = rows[config.numbers_column] if config.numbers_column else [None] * len(rows)
         for place, answer in enumerate(rows[config.answer_column]):
-            final = final_answer(answer, config.verify)
+            final = final_answer(answer, config.verify, values[place])
             if final is None:
                 row = rows[place]
                 where = f"{split} row {row.pop(ROW_NUMBER)} of {source_name(config, split)!r}"
