@@ -48,6 +48,8 @@ NUMBERS: list[tuple[str, str | None]] = [
     ("Therefore the final answer is 24 clips, out of 72.", "24"),
     ("The answer is 48 + 24 = 72 clips. All 100 of them.", "72"),
     ("The answer is 48/2 = <<48/2=24>>24 clips.", "24"),
+    ("The answer is 24 clips <<48/2=25>>.", "24"),
+    ("He has 24 <<48/2=25>>.", "24"),
     ("**Answer:** 42\nI have used 2 steps.", "42"),
     ("Answer:\n\n42\n\n3 steps", "42"),
     ("The answer is clear. There are 12 in 3 boxes: 36", "36"),

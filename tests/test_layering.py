@@ -22,6 +22,7 @@ PURE = (
     "config.presets.images",
     "config.presets.maths",
     "config.presets.choices",
+    "config.presets.code",
     "config.presets",
     "config.plan",
     "config.deepspeed",

@@ -85,8 +85,8 @@ class Code(Prompted):
             contexts = others[0] if others else [""] * len(rows)
             kept = ()
             asked = [with_context(*texts) for texts in zip(prompts, contexts, strict=True)]
-        rows = rows.select_columns(list(kept))
-        return rows.add_column(PROMPT, list(asked)).add_column(ANSWER, list(answered))
+        rows = rows.add_column(PROMPT, list(asked)).add_column(ANSWER, list(answered))
+        return rows.select_columns([*kept, PROMPT, ANSWER])
 
     def questions(self, split: str) -> list[str]:
         return self._rows[split][PROMPT][:]

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from e2lora.config.presets.choices import PRESETS as CHOICES
+from e2lora.config.presets.code import PRESETS as CODE
 from e2lora.config.presets.glue import PRESETS as GLUE
 from e2lora.config.presets.images import PRESETS as IMAGES
 from e2lora.config.presets.maths import PRESETS as MATHS
 from e2lora.config.presets.preset import Preset
 from e2lora.config.tasks import AnyTaskConfig
 
-TASK_PRESETS: dict[str, Preset] = {**GLUE, **IMAGES, **MATHS, **CHOICES}
+TASK_PRESETS: dict[str, Preset] = {**GLUE, **IMAGES, **MATHS, **CHOICES, **CODE}
 """``glue/cola``, ``gsm8k``, …: see the files of this folder."""
 
 
