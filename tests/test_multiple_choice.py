@@ -213,20 +213,39 @@ def test_first_of_equally_likely_choices_is_taken(tmp_path: Path, base: Base) ->
     assert [score.outcomes["accuracy_norm"] for score in scores] == [0, 1, 0]
 
 
-def test_norm_is_per_character_whatever_stands_before_the_choice(
-    tmp_path: Path, base: Base
+class Uneven(Level):
+    """A token of ``changes`` is likelier than the others by that, whatever stands before it."""
+
+    def __init__(self, tokenizer: Any, **changes: float) -> None:
+        super().__init__()
+        self.changes = {tokenizer.convert_tokens_to_ids(t): by for t, by in changes.items()}
+
+    def forward(self, input_ids: Tensor, **inputs: Any) -> Any:
+        outputs = super().forward(input_ids)
+        for token, by in self.changes.items():
+            outputs.logits[..., token] = by
+        return outputs
+
+
+@pytest.mark.parametrize(("change", "norm"), [(-1.0, 0.0), (1.0, 1.0)])
+def test_norm_is_per_character_of_the_choice_without_what_stands_before_all(
+    tmp_path: Path, base: Base, change: float, norm: float
 ) -> None:
-    """Per token of prefix and choice, the longer would be the likelier here: 4/5 > 3/4 > 2/3."""
+    """A dear prefix would always favour the longer choice, over which it is spread."""
     rows = [{"prompt": "?", "answer": "three"}]
-    options = {"choices": ("four", "three"), "answer_prefix": "it is "}
+    options: dict[str, Any] = {"choices": ("four", "three"), "answer_prefix": "zz"}
     task = task_of(tmp_path / "data", rows, **options)
     batch = task.collate(task.features("validation", base.processor), base.processor)
-    (score,) = task.score(Level(), batch)
+    model = Uneven(base.processor, z=-5.0, h=change)
+    (score,) = task.score(model, batch)
+    assert score.outcomes["accuracy_norm"] == norm
     assert score.prediction == "four"
-    level = -math.log(258)
-    assert (6 + 4) * level / 4 < (6 + 5) * level / 5
-    assert score.outcomes["accuracy_norm"] == 1
-    assert score.outcomes["accuracy"] == 0
+
+    ids = base.processor(["zz", "four", "three"], add_special_tokens=False)["input_ids"]
+    prefix, *choices = [sum(log_likelihood(model, [0], tokens)) for tokens in ids]
+    assert (choices[1] / 5 > choices[0] / 4) == bool(norm)
+    assert (prefix + choices[1]) / 5 > (prefix + choices[0]) / 4, "naively, longer is better"
+    assert (prefix + choices[1]) / 7 > (prefix + choices[0]) / 6, "and so by the whole's length"
 
 
 class Closing(nn.Module):

@@ -50,7 +50,5 @@ def test_metric_that_the_task_lacks_is_refused() -> None:
 
 def test_direction_that_is_not_the_metrics_is_refused() -> None:
     require_metric(ACCURACY, {"accuracy": "maximize"})
-    with pytest.raises(
-        ValueError, match=r"is one to minimize; got.*'maximize'.*Correct"
-    ):
+    with pytest.raises(ValueError, match=r"is one to minimize; got.*'maximize'.*Correct"):
         require_metric(ACCURACY, {"accuracy": "minimize"})

@@ -1,4 +1,7 @@
-"""The choices of a row, in the forms that data sets give them in, and which of them is right."""
+"""The choices of a row: in the forms that data sets give them in, and as token ids.
+
+Token ids here are those that may follow the row's prompt.
+"""
 
 from __future__ import annotations
 
@@ -78,3 +81,59 @@ def require_choices(texts: Sequence[str]) -> None:
     """
     if len(texts) < 2 or not all(text.strip() for text in texts):
         raise ValueError(f"choices are two texts at least, and none is empty; got {list(texts)}.")
+
+
+# ---- token ids ----------------------------------------------------------------------------------
+
+
+def without_needless_ends(choices: Sequence[Sequence[int]], end: int) -> list[list[int]]:
+    """Choices as they are compared: with their ends where one begins another, else without.
+
+    Args:
+        choices: token ids, the last ``end`` of which are the end.
+
+    >>> without_needless_ends([[5, 0], [6, 7, 0]], end=1)
+    [[5], [6, 7]]
+    >>> without_needless_ends([[6, 0], [6, 7, 0]], end=1)
+    [[6, 0], [6, 7, 0]]
+    """
+    bare = [list(choice[: len(choice) - end]) for choice in choices]
+    begins = any(a != b and b[: len(a)] == a for a in bare for b in bare)
+    return [list(choice) for choice in choices] if begins else bare
+
+
+def fewest_inputs(continuations: Sequence[list[int]]) -> tuple[list[list[int]], list[int]]:
+    """What must follow a prompt so that all tokens of all its continuations are predicted.
+
+    The last token of a continuation needn't be read to predict it; what begins another one's input
+    is part of that.
+
+    Returns:
+        Inputs, and for each continuation the number of the input that it lies in.
+
+    >>> fewest_inputs([[5, 1], [6], [5, 7, 8], [6, 7]])
+    ([[5, 7], [6]], [0, 0, 0, 1])
+    """
+    inputs: list[list[int]] = []
+    taken = [0] * len(continuations)
+    for i in sorted(range(len(continuations)), key=lambda i: -len(continuations[i])):
+        read = continuations[i][:-1]
+        number = next((k for k, ids in enumerate(inputs) if ids[: len(read)] == read), len(inputs))
+        if number == len(inputs):
+            inputs.append(read)
+        taken[i] = number
+    return inputs, taken
+
+
+def num_shared(lists: Sequence[Sequence[int]]) -> int:
+    """How many token ids all of them begin with.
+
+    >>> num_shared([[5, 6], [5, 6, 7], [5, 6, 8, 9]])
+    2
+    """
+    count = 0
+    for tokens in zip(*lists, strict=False):  # as far as the shortest
+        if len(set(tokens)) > 1:
+            break
+        count += 1
+    return count

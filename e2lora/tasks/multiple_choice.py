@@ -6,7 +6,8 @@ row all choices are compared, and the first of equally likely ones is taken:
 * ``accuracy`` (up) by log-likelihood, the sum over the choice's tokens;
 * ``accuracy_norm`` (up) by log-likelihood per character of the choice, so that long ones have a
   chance; characters, not tokens, make models with different tokenizers comparable. Both are what
-  the field calls acc and acc_norm.
+  the field calls acc and acc_norm. What ``answer_prefix`` puts before every choice counts in
+  neither.
 
 An answer's end isn't part of what is compared, as is usual: models that were never trained on such
 answers say little by it. But where one choice's tokens begin another's, ends are compared too in
@@ -30,11 +31,19 @@ import torch
 from torch import Tensor
 
 from e2lora.config import MultipleChoiceConfig
-from e2lora.tasks.choices import Choices, choices_in_column, choices_in_prompt, require_choices
+from e2lora.tasks.choices import (
+    Choices,
+    choices_in_column,
+    choices_in_prompt,
+    fewest_inputs,
+    num_shared,
+    require_choices,
+    without_needless_ends,
+)
 from e2lora.tasks.columns import Numbers, padded
 from e2lora.tasks.duplicates import duplicates_of
 from e2lora.tasks.prompted import IGNORED, ROW_NUMBER, Prompted, numbered, pad_id, with_context
-from e2lora.tasks.prompts import end_of_turn
+from e2lora.tasks.prompts import end_of_turn, plain_ids
 from e2lora.tasks.rows import (
     carve_validation,
     content_of,
@@ -47,6 +56,7 @@ from e2lora.tasks.scores import RowScore
 from e2lora.tasks.task import Direction
 
 PROMPT, CHOICES, PLACE = "__prompt__", "__choices__", "__place__"
+OF_ROWS = ("skipped", "split", "row")  # features of scored rows that are one number each
 
 
 class MultipleChoice(Prompted):
@@ -140,7 +150,8 @@ class MultipleChoice(Prompted):
         """Those of prompts with the right answer; of rows that are scored also all choices.
 
         ``choice_ids``: what is compared of each choice, one after another, ``choice_sizes`` tokens
-        of each. ``split`` and ``row`` number the split and the row in it.
+        of each, the first ``skipped`` of which are the prefix's in all of them. ``split`` and
+        ``row`` number the split and the row in it.
 
         Raises:
             ValueError: see :class:`Prompted`; a choice that doesn't fit within ``max_length``.
@@ -150,11 +161,13 @@ class MultipleChoice(Prompted):
             return features
         closed = self._closed(split, tokenizer)
         end = len(end_of_turn(tokenizer)) if self.config.chat else 1
+        (prefix,) = plain_ids(tokenizer, [self._answering("")])
         for number, (row, choices) in enumerate(zip(features, closed, strict=True)):
             self._require_room_for(split, number, _num_prompt_tokens(row), choices)
             compared = without_needless_ends(choices, end)
             row["choice_ids"] = [token for choice in compared for token in choice]
             row["choice_sizes"] = [len(choice) for choice in compared]
+            row["skipped"] = num_shared([prefix, *choices])
             row["split"], row["row"] = self.splits.index(split), number
         return features
 
@@ -215,17 +228,17 @@ class MultipleChoice(Prompted):
             "place": place - input_ids.shape[1],
             "token": token,
             "sizes": torch.tensor(sizes),
-            "split": torch.tensor([int(row["split"]) for row in rows]),
-            "row": torch.tensor([int(row["row"]) for row in rows]),
+            **{name: torch.tensor([int(row[name]) for row in rows]) for name in OF_ROWS},
         }
 
     def score(self, model: Any, batch: dict[str, Tensor]) -> list[RowScore]:
         losses = iter(continuation_losses(model, batch))
         scores = []
-        for split, row in zip(batch["split"].tolist(), batch["row"].tolist(), strict=True):
+        for skipped, split, row in zip(*(batch[name].tolist() for name in OF_ROWS), strict=True):
             name = self.splits[split]
             answer = next(losses)
-            sums = np.array([-next(losses).sum().item() for _ in self._choices[name][row]])
+            choices = self._choices[name][row]
+            sums = np.array([-next(losses)[skipped:].sum().item() for _ in choices])
             scores.append(self._row_score(name, row, answer.sum().item(), len(answer), sums))
         return scores
 
@@ -259,45 +272,6 @@ def continuation_losses(model: Any, batch: Mapping[str, Tensor]) -> list[Tensor]
     chosen = logits[batch["sequence"], batch["place"]].float()
     losses = torch.nn.functional.cross_entropy(chosen, batch["token"], reduction="none")
     return list(losses.cpu().double().split(batch["sizes"].tolist()))
-
-
-def without_needless_ends(choices: Sequence[Sequence[int]], end: int) -> list[list[int]]:
-    """Choices as they are compared: with their ends where one begins another, else without.
-
-    Args:
-        choices: token ids, the last ``end`` of which are the end.
-
-    >>> without_needless_ends([[5, 0], [6, 7, 0]], end=1)
-    [[5], [6, 7]]
-    >>> without_needless_ends([[6, 0], [6, 7, 0]], end=1)
-    [[6, 0], [6, 7, 0]]
-    """
-    bare = [list(choice[: len(choice) - end]) for choice in choices]
-    begins = any(a != b and b[: len(a)] == a for a in bare for b in bare)
-    return [list(choice) for choice in choices] if begins else bare
-
-
-def fewest_inputs(continuations: Sequence[list[int]]) -> tuple[list[list[int]], list[int]]:
-    """What must follow a prompt so that all tokens of all its continuations are predicted.
-
-    The last token of a continuation needn't be read to predict it; what begins another one's input
-    is part of that.
-
-    Returns:
-        Inputs, and for each continuation the number of the input that it lies in.
-
-    >>> fewest_inputs([[5, 1], [6], [5, 7, 8], [6, 7]])
-    ([[5, 7], [6]], [0, 0, 0, 1])
-    """
-    inputs: list[list[int]] = []
-    taken = [0] * len(continuations)
-    for i in sorted(range(len(continuations)), key=lambda i: -len(continuations[i])):
-        read = continuations[i][:-1]
-        number = next((k for k, ids in enumerate(inputs) if ids[: len(read)] == read), len(inputs))
-        if number == len(inputs):
-            inputs.append(read)
-        taken[i] = number
-    return inputs, taken
 
 
 def _num_prompt_tokens(row: Mapping[str, Any]) -> int:

@@ -15,6 +15,7 @@ from typing import Any
 
 Row = Mapping[str, Any]
 CODE = re.compile(r"\A(?:[ \t]*\n)*[ \t]+\S|^(?:def|class|import|from|@)\b", re.MULTILINE)
+NEEDED = re.compile(r"(?:async |def |class |import |from |@|#|[)\]}])")  # begins a line of it
 FENCE = re.compile(r"```[^\n]*\n(.*?)(?:\n```|\Z)", re.DOTALL)
 
 
@@ -24,7 +25,8 @@ class Problems(ABC):
     Attributes:
         columns: that a row must have.
         texts: those of them that are texts.
-        stop: what ends a program that a model writes on without end.
+        stop: what ends a program that a model writes on without end: texts that no answer
+            begins with, be it a function's body, a whole program, or words and a fenced one.
     """
 
     columns: tuple[str, ...]
@@ -47,7 +49,7 @@ class Problems(ABC):
 class HumanEval(Problems):
     columns = ("prompt", "canonical_solution", "test", "entry_point")
     texts = columns
-    stop = ("\nclass ", "\ndef ", "\n#", "\n@", "\nif ", "\nprint(", "\nassert ", "\n```")
+    stop = ("\nassert ", "\nprint(", "\nif __name__")
 
     def prompt(self, row: Row) -> str:
         return row["prompt"].rstrip("\n")  # a template puts its own
@@ -57,11 +59,14 @@ class HumanEval(Problems):
 
     def program(self, row: Row, answer: str) -> str:
         name = row["entry_point"]
-        code = unfenced(answer)
-        if re.search(rf"^\s*def {re.escape(name)}\b", code, re.MULTILINE):
-            # Told again as a whole, behind the imports and helpers that the prompt begins with; the
-            # prompt's own function must have a body to be read.
-            code = f"{row['prompt']}\n    pass\n\n{code}"
+        code = unfenced(answer).strip("\n")
+        told_again = re.search(rf"^[ \t]*(?:async )?def {re.escape(name)}\b", code, re.MULTILINE)
+        if code[:1].isspace() and not (told_again and told_again.start() == 0):
+            code = row["prompt"] + body_alone(code, name)
+        elif told_again:
+            # Behind the imports and helpers that the prompt begins with; the prompt's own function
+            # must have a body to be read.
+            code = f"{row['prompt']}\n    pass\n\n{textwrap.dedent(code)}"
         else:
             code = row["prompt"] + as_body(code)
         return f"{code}\n\n{row['test']}\n\ncheck({name})\n"
@@ -70,7 +75,7 @@ class HumanEval(Problems):
 class Mbpp(Problems):
     columns = ("text", "code", "test_list", "test_setup_code")
     texts = ("text", "code", "test_setup_code")
-    stop = ('\n"""', "\nassert ", "\nprint(", "\nif __name__", "\n```")
+    stop = ('\n"""', "\nassert ", "\nprint(", "\nif __name__")
 
     def prompt(self, row: Row) -> str:
         tests = "\n".join(row["test_list"])
@@ -101,17 +106,25 @@ def unfenced(answer: str) -> str:
     return answer.partition("\n```")[0]
 
 
+def body_alone(code: str, name: str) -> str:
+    """A function's body, and behind it what it may need; not how a model goes on without end.
+
+    >>> body_alone("    return g(x)\\n\\ndef g(x):\\n    return 1\\n\\nf(1)\\n", "f")
+    '    return g(x)\\n\\ndef g(x):\\n    return 1\\n'
+    >>> body_alone("    return 1\\n\\ndef f(x):\\n    ret", "f")
+    '    return 1\\n'
+    """
+    other = rf"^(?:(?:async )?def {re.escape(name)}\b|(?!{NEEDED.pattern})\S)"
+    further = re.search(other, code, re.MULTILINE)
+    return code[: further.start()].rstrip() + "\n" if further else code
+
+
 def as_body(code: str) -> str:
     """A function's body, indented where the answer has left that out: of its first line, or of all.
 
     >>> as_body("x = 1\\n    return x"), as_body("x = 1\\nreturn x")
     ('    x = 1\\n    return x', '    x = 1\\n    return x')
-    >>> as_body("    return 1")
-    '    return 1'
     """
-    code = code.strip("\n")
-    first, *others = code.split("\n")
-    if first[:1].isspace():
-        return code
+    _, *others = code.split("\n")
     whole = any(line and not line[0].isspace() for line in others)
     return textwrap.indent(code, "    ") if whole else f"    {code}"

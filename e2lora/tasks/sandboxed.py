@@ -134,7 +134,7 @@ def main() -> None:
             os.dup2(nothing.fileno(), 0)
         limit(told["limits"])
         drop_capabilities()
-        _checked("dumpable", LIBC.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0))  # no core, not by a pipe either
+        _checked("dumpable", LIBC.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0))  # no core, by no pipe either
         _checked("no_new_privs", LIBC.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
         confine_files(told["readable"])
         confine_syscalls()
