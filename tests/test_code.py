@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Sequence
 from fractions import Fraction
 from itertools import product
@@ -16,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from e2lora.config import CodeConfig, GenerationConfig
 from e2lora.evaluate import judge_answers, score_rows
+from e2lora.generation import cut_at
 from e2lora.tasks import TrialData, load_task
 from e2lora.tasks.pass_at_k import pass_at_k
 from e2lora.tasks.problems import PROBLEMS
@@ -24,7 +26,13 @@ from tests.conftest import data_folder
 from tests.files import folder_of
 from tests.test_generation import tiny_tokenizer
 
-BROKEN = ("    return None\n", "    raise ValueError\n", "    import os; os._exit(0)\n")
+BROKEN = (
+    "    return None\n",
+    "    raise ValueError\n",
+    "    import os; os._exit(0)\n",
+    "    raise SystemExit(0)\n",
+    "    def",
+)
 SLOW = pytest.mark.slow
 ROWS = [
     {
@@ -96,7 +104,7 @@ def test_all_solutions_of_mbpp_pass() -> None:
     assert passed("mbpp", rows, [PROBLEMS["mbpp"].solution(row) for row in rows]) == 974
 
 
-PROMPT = 'def double(x: int) -> int:\n    """Twice x."""\n'
+PROMPT = 'from numbers import Number\n\n\ndef double(x: int) -> int:\n    """Twice x."""\n'
 WHOLE = f"{PROMPT}    return 2 * x\n"
 TOLD = {
     "prompt": PROMPT,
@@ -111,6 +119,17 @@ ANSWERS = {
     "fenced body": "```\n    return 2 * x\n```",
     "unclosed fence": f"```python\n{WHOLE}",
     "told again": WHOLE,
+    "words before it": f"It doubles x.\n```\n{WHOLE}\n```\n```\nassert double(2) == 5\n```",
+    "fenced in a list": "1. So:\n   ```python\n"
+    + textwrap.indent(WHOLE, "   ")
+    + "   ```\n2. Done.",
+    "told again without its imports": "def double(x: Number) -> Number:\n    return 2 * x",
+    "goes on with its tests": "    return 2 * x\n\n\nassert double(2) == 5\n",
+    "goes on with itself": "    return 2 * x\n\n\ndef double(x):\n    return 3 * x if x el",
+    "goes on with words": "    return 2 * x\n\nThis doubles x. Isn't it so?",
+    "begins with a blank line": "\n    y = 2 * x\n\n    return y",
+    "recurses": "    if x > 9:\n        return double(x)\n    return 2 * x",
+    "of a closing bracket": "    return (\n        2 * x\n)\n",
     "with a helper": "    return twice(x)\n\ndef twice(x):\n    return 2 * x\n",
     "of Windows": "    y = 2 * x\r\n    return y\r\n",
 }
@@ -118,8 +137,37 @@ ANSWERS = {
 
 @pytest.mark.parametrize("answer", ANSWERS.values(), ids=ANSWERS)
 def test_program_is_found_in_an_answer(answer: str) -> None:
-    assert passed("humaneval", [TOLD], [answer]) == 1
-    assert passed("humaneval", [TOLD], [answer.replace("2 * x", "3 * x")]) == 0
+    wrong = answer.replace("2 * x", "3 * x")
+    assert (passed("humaneval", [TOLD], [answer]), passed("humaneval", [TOLD], [wrong])) == (1, 0)
+
+
+MBPP_ANSWERS = {
+    "alone": "def add1(x):\n    return x + 1",
+    "of Windows": "def add1(x):\r\n    return x + 1\r\n",
+    "fenced": "Use this:\n```python\ndef add1(x):\n    return x + 1\n```\nNow add1(1) is 2.",
+    "closed by a fence": "def add1(x):\n    return x + 1\n```\nNow add1(1) is 2.",
+    "with imports": "import operator\n\ndef add1(x):\n    return x + operator.index(1)",
+}
+
+
+@pytest.mark.parametrize("answer", MBPP_ANSWERS.values(), ids=MBPP_ANSWERS)
+def test_whole_program_is_found_in_an_answer(answer: str) -> None:
+    wrong = answer.replace("return x +", "return x -")
+    assert (passed("mbpp", ROWS[1:2], [answer]), passed("mbpp", ROWS[1:2], [wrong])) == (1, 0)
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_no_answer_begins_with_what_ends_one(name: str) -> None:
+    beginnings = [
+        "    return 1",
+        "def f():\n    return 1",
+        "import re\nfrom math import pi\n\n\ndef f():\n    return 1",
+        "# Counts.\n@cached\ndef f():\n    return 1",
+        "class A:\n    pass\n\ndef f():\n    return 1",
+        "Here it is:\n\n```python\ndef f():\n    return 1",
+    ]
+    for beginning in beginnings:
+        assert cut_at(f"\n{beginning}", PROBLEMS[name].stop) == f"\n{beginning}"
 
 
 # ---- the task ---------------------------------------------------------------------------------

@@ -325,6 +325,7 @@ def test_prefix_makes_the_tokens_of_prompt_and_choice_those_of_one_text(
     task = task_of(tmp_path / "data", rows, choices=("red", "dark"), **options)
     (row,) = task.features("validation", tokenizer)
     prompt = row["input_ids"][: row["labels"].count(-100)]
+    assert row["skipped"] == 0, "the prefix's space is part of a choice's first token"
     size = row["choice_sizes"][0]
     parts = row["choice_ids"][:size], row["choice_ids"][size:]
     for ids, choice in zip(parts, ("red", "dark"), strict=True):

@@ -412,6 +412,9 @@ PROGRAMS: dict[str, Ends] = {
         """,
     ),
     "leaves work for its exit": Ends(
+        "passed", "", "import atexit, time\natexit.register(time.sleep, 60)"
+    ),
+    "leaves work for its exit, and fails": Ends(
         "failed", "AssertionError\n", "import atexit, os\natexit.register(os._exit, 0)\nassert 0"
     ),
     "renames its failure": Ends(
@@ -599,9 +602,12 @@ def test_programs_end_with_their_parent(number: signal.Signals, tmp_path: Path) 
         stderr=subprocess.PIPE,
         text=True,
     )
-    _wait_until(lambda: any(map(_is_locked_in, _processes_in(tmp_path))))
-    parent.send_signal(number)
-    _, said = parent.communicate(timeout=30)
+    try:
+        _wait_until(lambda: any(map(_is_locked_in, _processes_in(tmp_path))))
+        parent.send_signal(number)
+        _, said = parent.communicate(timeout=30)
+    finally:
+        parent.kill()
     assert ("KeyboardInterrupt" in said) == (number == signal.SIGINT)
     _wait_until(lambda: _processes_in(tmp_path) == [])
 

@@ -16,7 +16,7 @@ from typing import Any
 Row = Mapping[str, Any]
 CODE = re.compile(r"\A(?:[ \t]*\n)*[ \t]+\S|^(?:def|class|import|from|@)\b", re.MULTILINE)
 NEEDED = re.compile(r"(?:async |def |class |import |from |@|#|[)\]}])")  # begins a line of it
-FENCE = re.compile(r"```[^\n]*\n(.*?)(?:\n```|\Z)", re.DOTALL)
+FENCE = re.compile(r"```[^\n]*\n(.*?)(?:\n[ \t]*```|\Z)", re.DOTALL)
 
 
 class Problems(ABC):
@@ -102,7 +102,8 @@ def unfenced(answer: str) -> str:
     """
     fenced = FENCE.search(answer)
     if fenced and not CODE.search(answer[: fenced.start()]):
-        return fenced.group(1)
+        block = fenced.group(1)
+        return textwrap.dedent(block) if block[:1].isspace() else block
     return answer.partition("\n```")[0]
 
 
