@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import textwrap
 from collections.abc import Sequence
 from fractions import Fraction
@@ -15,7 +16,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from e2lora.config import CodeConfig, GenerationConfig
+from e2lora.config import CodeConfig, GenerationConfig, task_preset
 from e2lora.evaluate import judge_answers, score_rows
 from e2lora.generation import cut_at
 from e2lora.tasks import TrialData, load_task
@@ -242,7 +243,7 @@ def test_more_programs_are_counted_than_are_written_is_refused() -> None:
 def model() -> Any:
     torch.manual_seed(0)
     tokenizer = tiny_tokenizer()
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes: Any = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = LlamaConfig(**sizes, intermediate_size=64, vocab_size=len(tokenizer))
     return LlamaForCausalLM(config).eval()
 
@@ -257,3 +258,14 @@ def test_programs_are_scored_written_run_and_counted(tmp_path: Path, model: Any)
     metrics = task.metrics(judge_answers(model, data, "test", tokenizer, scores))
     assert metrics["pass_at_1"] == 0.0, "such a model writes no program"
     assert metrics.keys() == {"nll", "loss", "perplexity", "pass_at_1"}
+
+
+def test_every_problem_of_mbpp_fits_its_preset() -> None:
+    """Where each digit, and each word, sign run and space run else, is a token."""
+    task: Any = load_task(task_preset("mbpp", data=data_folder("mbpp"), subset=None))
+    lengths = [
+        len(re.findall(r"\d|[^\W\d]+|[^\w\s]+|\s+", "\n".join(texts)))
+        for split in task.splits
+        for texts in zip(task.questions(split), task.answers(split), strict=True)
+    ]
+    assert 2048 < max(lengths) < task.config.max_length

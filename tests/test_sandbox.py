@@ -578,11 +578,20 @@ def test_other_holder_of_the_result_keeps_nobody_waiting(monkeypatch: pytest.Mon
             held.append(os.dup(ends[1]))
         return ends
 
+    def waited(*_: Any) -> None:
+        raise TimeoutError("it waits for the other holder")
+
     monkeypatch.setattr(os, "pipe", pipe_that_a_fork_holds)
-    assert [run("pass").reason, run("assert 0").reason] == ["passed", "failed"]
+    before = signal.signal(signal.SIGALRM, waited)
+    signal.alarm(30)
+    try:
+        assert [run("pass").reason, run("assert 0").reason] == ["passed", "failed"]
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+        for end in held:
+            os.close(end)
     assert len(held) == 2
-    for end in held:
-        os.close(end)
 
 
 ENDLESS = """

@@ -38,6 +38,6 @@ PRESETS: dict[str, Preset] = {
         problems="mbpp",
         validation_split="validation",
         test_split="test",
-        max_length=1024,
+        max_length=4608,  # one problem, test 493, has 4124 tokens, where each digit is one
     ),
 }
