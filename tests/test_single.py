@@ -417,7 +417,7 @@ def test_run_leaves_a_folder_and_one_run_in_mlflow(undisturbed: TrialFolder) -> 
     history = client.get_metric_history(run.info.run_id, "train/loss")
     assert [point.value for point in history] == losses_of(undisturbed)
     files = {file.path for file in client.list_artifacts(run.info.run_id)}
-    assert files == {"trial.json", "plan.json", "adapter"}
+    assert files == {"trial.json", "plan.json", "predictions.jsonl", "adapter"}
 
 
 @pytest.mark.slow

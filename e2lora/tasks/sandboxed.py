@@ -27,6 +27,7 @@ import sys
 
 CANNOT = 97  # exit status; the program's own, if behind LOCKED
 LOCKED = b"locked "
+RESULT = 3  # descriptor of what is told of the program
 
 # system call → its number on x86_64 and aarch64 (None: doesn't exist there)
 SYSCALLS: dict[str, tuple[int | None, int | None]] = {
@@ -130,6 +131,9 @@ def main() -> None:
     told = json.loads(sys.stdin.buffer.read())
     try:
         end_with_parent(told["parent"])
+        if told["result"] != RESULT:  # a number as high as the parent has descriptors
+            os.dup2(told["result"], RESULT)
+            os.close(told["result"])
         with open(os.devnull) as nothing:
             os.dup2(nothing.fileno(), 0)
         limit(told["limits"])
@@ -142,11 +146,11 @@ def main() -> None:
         sys.stderr.write(f"{error}\n")
         sys.stderr.flush()
         os._exit(CANNOT)
-    os.write(told["result"], LOCKED)
+    os.write(RESULT, LOCKED)
     scope = {"__name__": "__main__", "__builtins__": __builtins__}
     # Without this file's own `from __future__ import annotations`.
     exec(compile(told["program"], "program", "exec", dont_inherit=True), scope)
-    os.write(told["result"], told["token"].encode())
+    os.write(RESULT, told["token"].encode())
     os._exit(0)  # what the program left for its exit is not run
 
 
