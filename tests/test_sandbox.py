@@ -533,7 +533,7 @@ FORGERIES = {
     "takes the token": """
 import os, sys
 told = sys._getframe(1).f_locals["told"]
-os.write(told["result"], told["token"].encode())
+os.write(3, told["token"].encode())
 os._exit(0)
 """,
 }
