@@ -273,7 +273,7 @@ class CodeConfig(PromptsConfig):
         gt=0,
         description="of CPU time, per program; four times as many by the clock",
     )
-    memory_mib: int = Field(default=1024, gt=0, description="per program")
+    memory_mib: int = Field(default=1024, ge=16, description="per program")
     generation: GenerationConfig = GenerationConfig()
 
     @property
