@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from e2lora.config import GroupSpec
+from e2lora.fleet import Node, smallest
 
 HEAD = {"node:__internal_head__": 0.001}
 """Places what needs no CPU on the head node; it runs though groups hold every CPU."""
@@ -31,34 +35,87 @@ def is_of_the_cluster(error: Exception) -> bool:
     return isinstance(error, RayError)
 
 
-def slots(spec: GroupSpec) -> int:
-    """How many groups of this kind, as small as they may be, the whole cluster holds at once."""
+def nodes() -> list[Node]:
+    """The machines that are there now."""
     import ray
 
+    alive = (node["Resources"] for node in ray.nodes() if node["Alive"])
+    return [Node(have.get("CPU", 0), have.get("GPU", 0)) for have in alive]
+
+
+def slots(spec: GroupSpec) -> int:
+    """How many groups of this kind, as small as they may be, the whole cluster holds at once."""
     workers = 0
-    for node in ray.nodes():
-        if node["Alive"]:
-            have = node["Resources"]
-            fits = [have.get("CPU", 0) // spec.cpus_per_worker]
-            if spec.gpus_per_worker:
-                fits.append(have.get("GPU", 0) // spec.gpus_per_worker)
-            workers += int(min(fits))
-    return workers // (spec.min_workers or spec.num_workers)
+    for node in nodes():
+        fits = [node.cpus // spec.cpus_per_worker]
+        if spec.gpus_per_worker:
+            fits.append(node.gpus // spec.gpus_per_worker)
+        workers += int(min(fits))
+    return workers // smallest(spec)
+
+
+def may_grow_for(spec: GroupSpec) -> bool:
+    """Whether an autoscaler may bring the nodes that a group of this kind needs."""
+    from ray._private.state import state  # there is no public name for it
+
+    most = state.get_max_resources_from_cluster_config() or {}
+    needed = {"CPU": spec.cpus_per_worker, "GPU": spec.gpus_per_worker}
+    return bool(most) and all(
+        most.get(name, 0) >= smallest(spec) * each for name, each in needed.items() if each
+    )
+
+
+class Wanted:
+    """Groups that there is no room for yet, made known to an autoscaler.
+
+    As placement groups that wait: those an autoscaler sees whoever started it, and they end with
+    their driver. (Ray has one standing request per cluster beside them, which Ray Train's own
+    coordinator writes anew all the time.) Without an autoscaler they wait for nothing; one that
+    finds room is given back at once, since the group that it stands for can be started.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[GroupSpec, Any]] = []
+
+    def update(self, lacking: Mapping[GroupSpec, int]) -> None:
+        """From now on these are wanted, so many groups of each kind."""
+        from ray.util.placement_group import (
+            placement_group,
+            placement_group_table,
+            remove_placement_group,
+        )
+
+        missing, kept = Counter(lacking), []
+        for spec, waiting in self._waiting:
+            if missing[spec] > 0 and placement_group_table(waiting)["state"] != "CREATED":
+                missing[spec] -= 1
+                kept.append((spec, waiting))
+            else:
+                remove_placement_group(waiting)
+        for spec in missing.elements():
+            kept.append((spec, placement_group([_resources(spec)] * smallest(spec))))
+        self._waiting = kept
+
+
+def _resources(spec: GroupSpec) -> dict[str, float]:
+    """Of one worker."""
+    gpus = {"GPU": spec.gpus_per_worker} if spec.gpus_per_worker else {}
+    return {"CPU": spec.cpus_per_worker, **gpus}
 
 
 def require_fits(spec: GroupSpec) -> None:
-    """Refuse a kind of group of which not even one fits the cluster.
+    """Refuse a kind of group of which not even one fits the cluster, or what it may grow to.
 
     Raises:
         ValueError: with what is asked for and what there is.
     """
     import ray
 
-    if slots(spec) == 0:
+    if slots(spec) == 0 and not may_grow_for(spec):
         have = ray.cluster_resources()
         raise ValueError(
             "a trial's workers must all fit the cluster at once; it asks for "
-            f"{spec.min_workers or spec.num_workers} worker(s) of {spec.cpus_per_worker:g} CPU and "
+            f"{smallest(spec)} worker(s) of {spec.cpus_per_worker:g} CPU and "
             f"{spec.gpus_per_worker:g} GPU each, and the cluster has {have.get('CPU', 0):g} CPU "
             f"and {have.get('GPU', 0):g} GPU on {len(ray.nodes())} node(s). Lower `num_workers`, "
             "`cpus_per_worker` or `gpus_per_worker`, or add nodes."

@@ -50,13 +50,17 @@ def draw_ranks(file: Path, plans: Mapping[str, SharingPlan], title: str) -> None
     A panel per module type; with several plans (by their labels) a column for each.
     """
     types = next(iter(plans.values())).module_types
+    several = len(plans) > 1
     figure, panels = make_panels(
-        len(types) * len(plans), 5.6, 2.5, columns=len(plans) if len(plans) > 1 else None
+        len(types) * len(plans),
+        4.8 if several else 5.6,
+        2.5,
+        columns=len(plans) if several else None,
     )
     names = short_names(types)
     places = ((module_type, label) for module_type in types for label in plans)
     for axes, (module_type, label) in zip(panels, places, strict=True):
-        name = f"{label}, {names[module_type]}" if len(plans) > 1 else names[module_type]
+        name = f"{label}, {names[module_type]}" if several else names[module_type]
         _draw_ranks_of(axes, plans[label], module_type, name)
     base = sorted({plan.options.r for plan in plans.values()})
     told = f"dashed: base rank {', '.join(map(str, base))}"

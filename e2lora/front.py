@@ -20,6 +20,7 @@ from e2lora.statistics import Interval
 
 # Eight colours and nine marks have no common divisor: 72 systems each get their own pair.
 MARKERS = ("*", "o", "s", "^", "D", "v", "P", "X", "p")
+MOST_LABELS = 16  # beyond, they hide what they name
 HALO = withStroke(linewidth=2.5, foreground="white")  # keeps text legible on lines
 
 
@@ -56,11 +57,13 @@ def draw_front(
     metric: str,
     title: str,
     baseline: float | None = None,
+    bars: str = "95 % intervals over validation items",
 ) -> None:
     """The metric against adapter parameters (log), with the non-dominated points as a step line.
 
     Args:
         styles: colour and marker of each system, from :func:`styles_of`.
+        bars: what the points' intervals are.
         baseline: a score that needs no training, drawn as a dashed line, or, where that would
             squeeze everything else, named at the lower edge.
     """
@@ -70,10 +73,12 @@ def draw_front(
     right = max(p.parameters for p in points) * 1.5
     axes.set_xlim(left, right)
     _set_height(axes, points, baseline)
-    places = _side_by_side(points, width=0.017 * math.log(right / left))
+    systems = {p.system for p in points}
+    places = _side_by_side(points, min(0.017, 0.12 / len(systems)) * math.log(right / left))
+    scale = min(1.0, 6 / len(systems))  # of marks, where many stand side by side
     for system in [name for name in styles if any(p.system == name for p in points)]:
         colour, marker = styles[system]
-        size = 190 if marker == "*" else 75
+        size = scale * (190 if marker == "*" else 75)
         for best in (False, True):
             chosen = [p for p in points if p.system == system and p.best == best]
             axes.scatter(
@@ -85,7 +90,7 @@ def draw_front(
                 alpha=None if best else 0.4,
                 edgecolors="white",
                 linewidths=0.9 if best else 0,
-                zorder=5 if best else 3,
+                zorder=(6 if marker == "*" else 5) if best else 3,
                 label=system if best else None,
             )
             for p in chosen:
@@ -96,18 +101,28 @@ def draw_front(
     front = sorted({(p.parameters, p.value) for p in points if p.on_front})
     steps = list(zip(*[*front, (right, front[-1][1])], strict=True))
     axes.step(*steps, where="post", color=INK, lw=1.1, zorder=1, label="front")
+    label_sizes(axes)
+    axes.set_ylabel(metric)
+    axes.set_title(f"{title}: {metric} against adapter size", loc="left", fontsize=11, color=INK)
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
+    told = f"bars: {bars}; " if any(p.best and p.interval for p in points) else ""
+    labelled = [p for p in points if p.best]
+    if len(labelled) > MOST_LABELS:
+        labelled = [p for p in labelled if p.on_front]
+    of_front = "" if len(labelled) == sum(p.best for p in points) else " (of the front)"
+    note = f"r: base rank{of_front}; {told}small: other trials; like sizes stand side by side"
+    figure.supxlabel(note, x=0.012, ha="left", fontsize=7.5, color=FAINT)
+    _place_labels(figure, axes, labelled, places, styles, steps)
+    save_figure(figure, file)
+
+
+def label_sizes(axes: Any) -> None:
+    """A horizontal axis of adapter parameters."""
+    axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(FuncFormatter(short_count))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("trainable adapter parameters (log scale)")
-    axes.set_ylabel(metric)
-    axes.set_title(f"{title}: {metric} against adapter size", loc="left", fontsize=11, color=INK)
-    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
-    bars = "bars: 95 % intervals; " if any(p.interval for p in points) else ""
-    note = f"r: base rank; {bars}small: other trials; (nearly) equal sizes stand side by side"
-    figure.supxlabel(note, x=0.012, ha="left", fontsize=7.5, color=FAINT)
-    _place_labels(figure, axes, [p for p in points if p.best], places, styles, steps)
-    save_figure(figure, file)
 
 
 def _set_height(axes: Any, points: Sequence[Point], baseline: float | None) -> None:

@@ -231,9 +231,8 @@ def _count_at(targets: Sequence[Target], r: int) -> int:
 
 
 def _alpha(options: PlanConfig, r: int) -> float:
-    """What keeps the adapter's scale that of the base rank: α/r, or α/√r under rsLoRA."""
-    ratio = r / options.r
-    return options.lora_alpha * (math.sqrt(ratio) if options.use_rslora else ratio)
+    """What keeps the adapter's scale that of the base rank."""
+    return options.at_rank(r).lora_alpha
 
 
 def _stability(

@@ -1,99 +1,35 @@
 """Resident worker groups: long-lived Ray Train runs that serve jobs one after another.
 
-The pool lives in the driver. It runs the broker as an actor on the head node, starts as many
-groups of a kind as the cluster holds while jobs of that kind wait, and retires idle groups when
-only another kind is wanted, so no kind is ever held while waiting for another.
+The pool lives in the driver. It runs the broker as an actor on the head node, starts and ends
+groups as `e2lora.fleet` decides from the nodes that are there and the jobs that wait, and tells an
+autoscaler what more there is work for.
 """
 
 from __future__ import annotations
 
-import asyncio
+import gc
 import queue
 import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from e2lora.broker import Attempt, Broker, Job, Running, Update
-from e2lora.cluster import HEAD, slots
+from e2lora.broker import Job, Running, Update
+from e2lora.broker_actor import BrokerActor
+from e2lora.cluster import HEAD, Wanted, nodes, slots
 from e2lora.config import GroupSpec
+from e2lora.fleet import Held, Moves, Wish, fits, next_moves, smallest
+from e2lora.utilisation import Utilisation
 
-WAIT_SECONDS = 5.0
+LOOK_SECONDS = 0.25  # between looks at what waits and what is there
+SILENT_SECONDS = 60.0  # after so long a group counts as one that has to come up again
 PATIENCE_IN_CLOSING = 30.0  # seconds for workers that are in the middle of something
-
-
-class BrokerActor:
-    """:class:`e2lora.broker.Broker` as an asyncio actor: waiting calls don't block others."""
-
-    def __init__(self, lease_seconds: float) -> None:
-        self._broker = Broker(lease_seconds)
-
-    async def next_attempt(
-        self, group: str, incarnation: int, spec: GroupSpec
-    ) -> Attempt | str | None:
-        return await self._first(lambda: self._broker.next_attempt(group, incarnation, spec))
-
-    async def wait(self, key: str, seen: int) -> tuple[int, Update] | None:
-        """What is new about a job since version ``seen``; None if nothing came in a while."""
-        return await self._first(lambda: self._broker.update(key, seen))
-
-    @staticmethod
-    async def _first(poll: Any) -> Any:
-        until = time.monotonic() + WAIT_SECONDS
-        while (found := poll()) is None and time.monotonic() < until:
-            await asyncio.sleep(0.05)
-        return found
-
-    async def submit(self, job: Job) -> None:
-        self._broker.submit(job)
-
-    async def progress(self) -> dict[str, Running]:
-        return self._broker.progress()
-
-    async def join(self, group: str) -> int:
-        return self._broker.join(group)
-
-    async def alive(
-        self,
-        token: str,
-        step: int | None = None,
-        measured: dict[str, float] | None = None,
-        doing: str | None = None,
-    ) -> bool:
-        return self._broker.alive(token, step, measured, doing)
-
-    async def report(
-        self,
-        token: str,
-        evaluation: dict[str, Any],
-        outcomes: dict[str, list[float]],
-        history: dict[str, list[float]],
-    ) -> bool:
-        return self._broker.report(token, evaluation, outcomes, history)
-
-    async def complete(self, token: str, result: dict[str, Any]) -> bool:
-        return self._broker.complete(token, result)
-
-    async def fail(self, token: str, error: str) -> bool:
-        return self._broker.fail(token, error)
-
-    async def lose(self, token: str, why: str) -> bool:
-        return self._broker.lose(token, why)
-
-    async def demand(self) -> tuple[dict[GroupSpec, int], set[str], dict[str, float]]:
-        """Jobs waiting by kind, the groups at work, and for how long each was silent."""
-        return self._broker.demand(), self._broker.busy_groups(), self._broker.silences()
-
-    async def close(self) -> None:
-        self._broker.close()
-
-    async def retire(self, group: str) -> None:
-        self._broker.retire(group)
 
 
 class JobFailed(RuntimeError):
@@ -104,8 +40,10 @@ class JobFailed(RuntimeError):
 class _Group:
     spec: GroupSpec
     thread: threading.Thread
-    started: float
+    since: float  # it has had nothing to do, or was started
+    up_since: float | None = None
     retiring: bool = False
+    given_up: bool = False
 
 
 class Pool:
@@ -117,6 +55,7 @@ class Pool:
         isolated: every job gets a fresh group.
         lease_seconds: an attempt without a sign of life for so long is lost.
         start_seconds: when no group has come up for so long, that is an error and not a wait.
+        node_seconds: … and when there are no nodes for what waits, and nothing else to do.
     """
 
     def __init__(
@@ -126,24 +65,35 @@ class Pool:
         isolated: bool = False,
         lease_seconds: float = 600.0,
         start_seconds: float = 300.0,
+        node_seconds: float = 900.0,
     ) -> None:
         import ray
 
         self.broker_name = f"e2lora-broker-{name}-{uuid.uuid4().hex[:6]}"
         self._storage, self._isolated = storage, isolated
         self._lease_seconds, self._start_seconds = lease_seconds, start_seconds
+        self._node_seconds = node_seconds
         actor: Any = ray.remote(BrokerActor)
         self.broker: Any = actor.options(
             name=self.broker_name, num_cpus=0, resources=HEAD, max_concurrency=1000
         ).remote(lease_seconds)
         self._groups: dict[str, _Group] = {}  # of the manager's thread, until that has ended
         self._started = 0
-        self._wanted_early: queue.SimpleQueue[GroupSpec] = queue.SimpleQueue()
+        self._entered = self._looked = time.monotonic()
+        self._slot_seconds: dict[GroupSpec, float] = {}  # of each kind, had it all nodes to itself
+        self._starting: dict[GroupSpec, float] = {}  # seconds until groups came up
+        self._kind_of: dict[str, GroupSpec] = {}  # of all groups there ever were
+        self._spent: dict[str, dict[str, float]] = {}
+        self._hungry: dict[GroupSpec, float] = {}  # since when a kind that is wanted has no group
+        self._without_nodes: dict[GroupSpec, float] = {}
+        self._wanted = Wanted()
+        self._wanted_early: queue.SimpleQueue[tuple[GroupSpec, int]] = queue.SimpleQueue()
         self._closing = threading.Event()
         self._manager = threading.Thread(target=self._manage, daemon=True)
         self.error: BaseException | None = None
 
     def __enter__(self) -> Pool:
+        self._entered = self._looked = time.monotonic()
         self._manager.start()
         return self
 
@@ -158,17 +108,23 @@ class Pool:
             )
         self._closing.set()
         self._manager.join()
+        with suppress(ray.exceptions.RayError):  # a cluster that broke isn't what is told
+            self._wanted.update({})
         with suppress(ray.exceptions.RayActorError):  # a dead broker isn't what is told
             ray.get(self.broker.close.remote())
+            *_, silences = ray.get(self.broker.demand.remote())
+            for name in self._groups.keys() - silences.keys():  # those that never came up
+                ray.get(self.broker.give_up.remote(name))
         deadline = time.monotonic() + (PATIENCE_IN_CLOSING if self.error is None else 0.0)
         for group in self._groups.values():
             group.thread.join(max(0.0, deadline - time.monotonic()))
-        ray.kill(self.broker)
+        with suppress(ray.exceptions.RayActorError):
+            self._spent = ray.get(self.broker.spent.remote())
+        ray.kill(self.broker)  # without it the others end, too: see `_end_when_unwanted`
 
     def warm(self, spec: GroupSpec, num_groups: int) -> None:
-        """Start so many groups of a kind at once, ahead of their jobs."""
-        for _ in range(num_groups):
-            self._wanted_early.put(spec)
+        """Have so many groups of a kind, as far as there is room, ahead of their jobs."""
+        self._wanted_early.put((spec, num_groups))
 
     def run(self, job: Job) -> dict[str, Any]:
         """Submit one job and wait for its result.
@@ -217,62 +173,142 @@ class Pool:
         if self.error is not None:
             raise RuntimeError(f"worker groups can't serve trials: {self.error}") from self.error
 
-    def _manage(self) -> None:
-        import ray
+    def open_slots(self, kinds: Iterable[GroupSpec]) -> int:
+        """How many jobs of these kinds the cluster, as it is now, can run at once at most."""
+        return max((slots(kind) for kind in kinds), default=0)
 
+    def utilisation(self, wall_seconds: float | None = None) -> Utilisation:
+        """What all groups' time went into; asked once the pool has closed.
+
+        Args:
+            wall_seconds: of the run; None: since the pool was entered.
+        """
+        watched = max(self._looked - self._entered, 1e-9)
+        slots_of = {spec: seconds / watched for spec, seconds in self._slot_seconds.items()}
+        most = max(slots_of.values(), default=0.0)
+        total: defaultdict[str, float] = defaultdict(float)
+        for name, spent in self._spent.items():
+            for part, seconds in spent.items():  # a wide group takes the place of several
+                total[part] += seconds * most / slots_of[self._kind_of[name]]
+        for spec, seconds in self._starting.items():
+            total["starting"] += seconds * most / slots_of[spec]
+        wall = time.monotonic() - self._entered if wall_seconds is None else wall_seconds
+        return Utilisation(wall, most, total)
+
+    def _manage(self) -> None:
         try:
-            while not self._closing.wait(0.25):
+            while not self._closing.wait(LOOK_SECONDS):
                 while not self._wanted_early.empty():
-                    self._start(self._wanted_early.get())
-                demand, busy, silences = ray.get(self.broker.demand.remote())
-                self._groups = {n: g for n, g in self._groups.items() if g.thread.is_alive()}
-                self._require_some_awake(busy, silences)
-                for spec, waiting in demand.items():
-                    self._serve_demand(spec, waiting, set(demand), busy)
+                    self._start_early(*self._wanted_early.get())
+                self._look()
         except BaseException as error:
             if not self._closing.is_set():
                 self.error = error
 
+    def _look(self) -> None:
+        """Do what is to be done now."""
+        import ray
+
+        demand, busy, silences = ray.get(self.broker.demand.remote())
+        self._groups = {n: g for n, g in self._groups.items() if g.thread.is_alive()}
+        if not demand and not self._groups:
+            self._wanted.update({})
+            return
+        self._require_some_awake(busy, silences)
+        groups = [self._as_held(name, busy, silences) for name in self._groups]
+        there, now = nodes(), time.monotonic()
+        for spec in self._slot_seconds.keys() | set(self._kind_of.values()) | set(demand):
+            more = slots(spec) * (
+                now - (self._looked if spec in self._slot_seconds else self._entered)
+            )
+            self._slot_seconds[spec] = self._slot_seconds.get(spec, 0.0) + more
+        self._looked = now
+        served = {group.spec for group in groups if group.up and not group.retiring}
+        self._hungry = {s: self._hungry.get(s, now) for s in demand if s not in served}
+        wishes = {
+            spec: Wish(waiting, now - self._hungry.get(spec, now))
+            for spec, waiting in demand.items()
+        }
+        self._require_nodes([spec for spec in demand if not fits(there, [spec])], bool(busy))
+        moves = next_moves(there, groups, wishes)
+        self._do(moves)
+        self._wanted.update(moves.lacking)
+
+    def _as_held(self, name: str, busy: set[str], silences: dict[str, float]) -> Held:
+        group, now = self._groups[name], time.monotonic()
+        if name in busy:
+            group.since = now
+            group.retiring |= self._isolated  # it ends after its job
+        up = name in busy or silences.get(name, SILENT_SECONDS) < SILENT_SECONDS
+        if up and group.up_since is None:
+            group.up_since = now
+            starting = self._starting.get(group.spec, 0.0) + now - group.since
+            self._starting[group.spec] = starting
+        return Held(
+            name,
+            group.spec,
+            up=up,
+            busy=name in busy,
+            retiring=group.retiring or group.given_up,
+            still_seconds=now - group.since,
+            up_seconds=now - (group.up_since or now),
+        )
+
+    def _do(self, moves: Moves) -> None:
+        import ray
+
+        for spec in moves.start:
+            self._start(spec)
+        for name in moves.retire:
+            self._groups[name].retiring = True
+            ray.get(self.broker.retire.remote(name))
+        for name in moves.give_up:
+            self._groups[name].given_up = True
+            ray.get(self.broker.give_up.remote(name))
+
+    def _require_nodes(self, kinds: list[GroupSpec], busy: bool) -> None:
+        """Say what waits for nodes, and raise once that was in vain for long."""
+        now = time.monotonic()
+        for spec in kinds:
+            if spec not in self._without_nodes:
+                print(f"waiting for nodes: {_request(spec)}", file=sys.stderr, flush=True)
+        self._without_nodes = {spec: self._without_nodes.get(spec, now) for spec in kinds}
+        for spec, since in self._without_nodes.items():
+            if now - since > self._node_seconds and not busy:
+                raise TimeoutError(
+                    f"a trial's workers must all fit the cluster at once; {_request(spec)}, and "
+                    f"for {self._node_seconds:.0f} s its nodes have not had room for them. Add "
+                    "nodes (were some lost?) and run the same command again: it goes on."
+                )
+
     def _require_some_awake(self, busy: set[str], silences: dict[str, float]) -> None:
         now = time.monotonic()
+        wanted = {name: group for name, group in self._groups.items() if not group.given_up}
         awake = [
             name
-            for name, group in self._groups.items()
-            if name in busy or silences.get(name, now - group.started) < self._start_seconds
+            for name, group in wanted.items()
+            if name in busy or silences.get(name, now - group.since) < self._start_seconds
         ]
-        if self._groups and not awake:
+        if wanted and not awake:
             raise TimeoutError(
                 f"a worker group must come up within {self._start_seconds:.0f} s; none of "
-                f"{len(self._groups)} did. Either something else holds the cluster's resources "
+                f"{len(wanted)} did. Either something else holds the cluster's resources "
                 "(`ray status`), or their processes end while they start (logs under "
                 "/tmp/ray/session_latest/logs; every node needs this package and what it needs)."
             )
 
-    def _serve_demand(
-        self, spec: GroupSpec, waiting: int, wanted: set[GroupSpec], busy: set[str]
-    ) -> None:
-        """Start groups for waiting jobs; make room by retiring idle groups nobody waits for."""
-        import ray
-
-        of_spec = [name for name, g in self._groups.items() if g.spec == spec and not g.retiring]
-        idle = [name for name in of_spec if name not in busy]
-        others = [g for g in self._groups.values() if g.spec != spec or g.retiring]
-        if len(idle) >= waiting:
-            return
-        if not others:
-            if len(of_spec) < slots(spec):
+    def _start_early(self, spec: GroupSpec, num_groups: int) -> None:
+        there = [group for group in self._groups.values() if not group.retiring]
+        for _ in range(num_groups - sum(group.spec == spec for group in there)):
+            if fits(nodes(), [*(group.spec for group in self._groups.values()), spec]):
                 self._start(spec)
-            return
-        for name, group in self._groups.items():
-            if group.spec not in wanted and name not in busy and not group.retiring:
-                group.retiring = True
-                ray.get(self.broker.retire.remote(name))
 
     def _start(self, spec: GroupSpec) -> None:
         self._started += 1
         name = f"group-{self._started:03d}"
         thread = threading.Thread(target=self._fit, args=(name, spec), daemon=True)
         self._groups[name] = _Group(spec, thread, time.monotonic())
+        self._kind_of[name] = spec
         thread.start()
 
     def _fit(self, name: str, spec: GroupSpec) -> None:
@@ -304,13 +340,67 @@ class Pool:
                 name=f"{self.broker_name}-{name}",
                 storage_path=str(self._storage),
                 failure_config=FailureConfig(max_failures=-1),
+                callbacks=[_ends_when_unwanted(self.broker_name, name)],
             ),
         )
         try:
             trainer.fit()
         except BaseException as error:
-            if not self._closing.is_set():
+            if not self._closing.is_set() and not self._groups[name].given_up:
                 self.error = error
+
+
+def _request(spec: GroupSpec) -> str:
+    return (
+        f"one asks for {smallest(spec)} worker(s) of {spec.cpus_per_worker:g} CPU and "
+        f"{spec.gpus_per_worker:g} GPU each"
+    )
+
+
+def _ends_when_unwanted(broker_name: str, name: str) -> Any:
+    """A callback of Ray Train's controller, which owns a group's workers and placement group.
+
+    A run that waits for resources can't be told to stop: its controller ends itself when the group
+    is given up, or the broker is gone, and with it goes all that it holds or has asked for.
+    """
+    from ray.train.v2._internal.execution.callback import ControllerCallback
+
+    class EndsWhenUnwanted(ControllerCallback):
+        def after_controller_start(self, train_run_context: Any) -> None:
+            import ray
+
+            self.ending = threading.Event()
+            me = ray.get_runtime_context().current_actor
+            arguments = (broker_name, name, self.ending, me)
+            threading.Thread(target=_end_when_unwanted, args=arguments, daemon=True).start()
+
+        def on_controller_start_worker_group(self, **asked: Any) -> None:
+            while self.ending.is_set():  # it asks for nothing more
+                time.sleep(1.0)
+
+    return EndsWhenUnwanted()
+
+
+def _end_when_unwanted(
+    broker_name: str, name: str, ending: threading.Event, controller: Any
+) -> None:
+    """In the controller's process, beside its own loop."""
+    import ray
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    with suppress(ValueError, ray.exceptions.RayActorError):  # there is no broker any more
+        broker: Any = ray.get_actor(broker_name)
+        while True:
+            with suppress(ray.exceptions.ActorUnavailableError):  # the network, for a moment
+                if not ray.get(broker.is_wanted.remote(name)):
+                    break
+            time.sleep(1.0)
+    ending.set()
+    time.sleep(1.0)  # for a placement group that it is just asking for
+    # Ray takes back a placement group when its maker and its driver are dead, not before
+    for held in [thing for thing in gc.get_objects() if type(thing) is PlacementGroup]:
+        remove_placement_group(held)
+    ray.kill(controller)
 
 
 def _group_loop(config: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from e2lora.adapters import FAMILIES, count_adapter_parameters, require_possible_trial
-from e2lora.broker import Job
+from e2lora.broker import Job, affinity_of
 from e2lora.cluster import require_fits
 from e2lora.config import AdapterConfig, GroupSpec, TaskConfig, TrialConfig, fingerprint_of
 from e2lora.data import calibration_rows
@@ -20,6 +20,7 @@ from e2lora.models import load_structure
 from e2lora.moments import GradientProfile, Target
 from e2lora.plan import SharingPlan, build_plan, require_possible
 from e2lora.pool import Pool
+from e2lora.ranks import rank_for_count
 from e2lora.records import SplitsRecord
 from e2lora.targets import find_targets
 from e2lora.tasks import Task, load_task, require_can_pack
@@ -41,6 +42,7 @@ class Plans:
         self._tasks: dict[str, Task] = {}
         self._structures: dict[str, Any] = {}
         self._fitting: set[GroupSpec] = set()
+        self._ranks: dict[str, int] = {}  # that meet a target of parameters
 
     def targets(self, config: TrialConfig) -> tuple[Target, ...]:
         """What the trial adapts; raises what loading the data or the model's structure does."""
@@ -100,6 +102,7 @@ class Plans:
         targets = self.targets(config)
         require_possible(targets, config.plan)
         if not config.plan.needs_profile:
+            config = self._at_target(config, None)
             _require_fits(build_plan(targets, config.plan), config)
 
     def measure_profiles(self, configs: Iterable[TrialConfig], pool: Pool) -> None:
@@ -115,12 +118,49 @@ class Plans:
         for config in missing:
             self._profile(config, pool)
 
-    def plan_for(self, config: TrialConfig, pool: Pool) -> SharingPlan:
-        """The plan, after measuring the profile on a group if it isn't there yet."""
+    def planned(self, config: TrialConfig, pool: Pool) -> tuple[TrialConfig, SharingPlan]:
+        """The plan, and the configuration at the rank that meets its target of parameters.
+
+        A profile that isn't there yet is measured on a group before.
+
+        Raises:
+            ValueError: a plan that can't be made, or doesn't fit the family.
+            JobFailed: the profile could not be measured.
+        """
         profile = self._profile(config, pool) if config.plan.needs_profile else None
+        config = self._at_target(config, profile)
         plan = build_plan(self.targets(config), config.plan, profile)
         _require_fits(plan, config)
-        return plan
+        return config, plan
+
+    def _at_target(self, config: TrialConfig, profile: GradientProfile | None) -> TrialConfig:
+        options, targets = config.plan, self.targets(config)
+        if options.target_parameters is None:
+            return config
+
+        def count(r: int) -> int:
+            counted = count_adapter_parameters(
+                build_plan(targets, options.at_rank(r), profile), config.adapter
+            )
+            if counted is None:
+                raise ValueError(
+                    "target_parameters chooses a rank, and full fine-tuning has none; got "
+                    f"target_parameters={options.target_parameters}. Remove it for this family."
+                )
+            return counted
+
+        most = min(min(t.in_features, t.out_features) for t in targets)
+        key = fingerprint_of(
+            [
+                options.at_rank(1).fingerprint(),
+                config.adapter.fingerprint(),
+                [t.model_dump() for t in targets],
+                profile.fingerprint() if profile else None,
+            ]
+        )
+        if key not in self._ranks:
+            self._ranks[key] = rank_for_count(options.target_parameters, count, most)
+        return config.model_copy(update={"plan": options.at_rank(self._ranks[key])})
 
     def count(self, config: TrialConfig, plan: SharingPlan) -> int:
         """Trainable adapter parameters; of full fine-tuning all, what may be a head among them."""
@@ -134,7 +174,8 @@ class Plans:
         if not file.exists():
             payload = {"config": config.model_dump_json(), "file": str(file)}
             spec = self.group_spec(config)
-            pool.run(Job(f"profile-{file.stem}", "profile", spec, payload))
+            key = f"profile-{file.stem}"
+            pool.run(Job(key, "profile", spec, payload, affinity_of(config)))
         return GradientProfile.model_validate_json(file.read_text())
 
     def profile_file(self, config: TrialConfig) -> Path:

@@ -5,6 +5,7 @@ Entropies → positive weights (``ALLOCATIONS``) → ranks whose price keeps a b
 
 from __future__ import annotations
 
+import bisect
 import heapq
 import math
 from collections.abc import Callable, Sequence
@@ -147,3 +148,19 @@ def allocate_ranks(
         if ranks[k] < max_rank:
             heapq.heappush(queue, (-weights[k] / (ranks[k] + 0.5), k))
     return ranks
+
+
+def rank_for_count(target: int, count: Callable[[int], int], most: int) -> int:
+    """The base rank in 1 … ``most`` whose count of parameters comes nearest to the target.
+
+    Of two that are equally near it is the smaller one.
+
+    Args:
+        count: parameters at a base rank; never falls as the rank rises.
+
+    >>> rank_for_count(1000, lambda r: 96 * r, most=64)
+    10
+    """
+    first_above = bisect.bisect_left(range(1, most + 1), target, key=count) + 1
+    near = [r for r in (first_above - 1, first_above) if 1 <= r <= most]
+    return min(near, key=lambda r: (abs(count(r) - target), count(r), r))

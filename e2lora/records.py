@@ -4,8 +4,10 @@ STORAGE/STUDY/
   study.json                 StudyRecord
   data.json                  SplitsRecord of each task: how many rows, and which stand twice
   optuna.journal             the ledger of trials
+  answered.json              suggestions that needed no training, and why
   profiles/KEY.json          GradientProfile, one per model x task x seed x calibration
   trials/00007/
+    suggestion.json          Suggestion: where its configuration comes from
     trial.json               TrialConfig
     plan.json                SharingPlan
     metrics.jsonl            Evaluation, one line each
@@ -15,6 +17,7 @@ STORAGE/STUDY/
     steps.json               what was measured at each step: a list for each, by step
     result.json              TrialResult: written last, when the trial has ended
     checkpoints/  adapter/
+  seeds/                     chosen configurations over seeds: a ledger and trials/ as above
   report/                    report.html, pareto.png, …
 """
 
@@ -28,7 +31,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, TypeAdapter
 
-from e2lora.config import AnyTaskConfig, Frozen, ModelConfig, Objective, TrialConfig
+from e2lora.config import AnyTaskConfig, Frozen, ModelConfig, Objective, Pruner, TrialConfig
 from e2lora.plan import SharingPlan
 
 
@@ -39,14 +42,22 @@ class Evaluation(Frozen):
     metrics: dict[str, float]
 
 
+Failure = Literal["refused", "diverged", "memory", "error", "lost"]
+"""Why a trial failed: before it ran; by a loss that isn't finite; for want of memory; by an error;
+by losing every attempt to something outside of it. The first two are the configuration's own."""
+
+
 class TrialResult(Frozen):
     """How a trial ended. ``metrics`` are of the weights that are kept, empty if it has none.
 
-    ``test_metrics`` are there only of final runs: a search does not look at test rows.
+    Attributes:
+        state: ``stopped``: by the study's pruner, on its way; its metrics are no final ones.
+        test_metrics: only of final runs: a search does not look at test rows.
     """
 
     number: int
-    state: Literal["complete", "failed"]
+    state: Literal["complete", "stopped", "failed"]
+    failure: Failure | None = None
     metrics: dict[str, float]
     adapter_parameters: int
     head_parameters: int
@@ -63,8 +74,30 @@ class TrialResult(Frozen):
         return self.metrics[objective]
 
 
+class Suggestion(Frozen):
+    """Where a trial's configuration comes from.
+
+    Attributes:
+        origin: the quota that each cell of the study has; a point that the study names; the
+            sampler; or a run of a chosen trial's configuration over seeds.
+        params: what the space was told.
+        chosen: of a run over seeds: the number of the trial whose configuration it has.
+        identity: of plan and options: trials of one identity would be the same; empty where
+            none could be made.
+    """
+
+    origin: Literal["quota", "point", "sampler", "seeds"]
+    params: dict[str, Any]
+    chosen: int | None = None
+    identity: str = ""
+
+
 class StudyRecord(Frozen):
-    """What a study is, so that a report can be made from its folder alone."""
+    """What a study is, so that a report can be made from its folder alone.
+
+    Attributes:
+        quota: full trials that each cell has before the sampler chooses.
+    """
 
     name: str
     space: str
@@ -73,6 +106,11 @@ class StudyRecord(Frozen):
     objectives: tuple[Objective, ...]
     budgets: tuple[int, ...]
     seeds: tuple[int, ...]
+    num_cells: int = 0
+    quota: int = 0
+    sampler: str = "tpe"
+    pruner: Pruner | None = None
+    max_parameters: int | None = None
 
 
 class SplitsRecord(Frozen):
@@ -117,6 +155,7 @@ class TrialFolder:
         self.steps_file = path / "steps.json"
         self.config_file = path / "trial.json"
         self.plan_file = path / "plan.json"
+        self.suggestion_file = path / "suggestion.json"
         self.checkpoints = path / "checkpoints"
         self.adapter = path / "adapter"
 
@@ -125,8 +164,16 @@ class TrialFolder:
         """Of a study's trial, in the ledger."""
         return int(self.path.name)
 
+    def siblings(self) -> list[TrialFolder]:
+        """All trials of its study that hold a configuration, itself among them, by number."""
+        files = sorted(self.path.parent.glob("*/trial.json"))
+        return [TrialFolder(file.parent) for file in files]
+
     def config(self) -> TrialConfig:
         return TrialConfig.model_validate_json(self.config_file.read_text())
+
+    def suggestion(self) -> Suggestion:
+        return Suggestion.model_validate_json(self.suggestion_file.read_text())
 
     def plan(self) -> SharingPlan:
         return SharingPlan.model_validate_json(self.plan_file.read_text())
@@ -170,10 +217,19 @@ class StudyFolder:
         self.name = name
         self.record_file = self.path / "study.json"
         self.data_file = self.path / "data.json"
+        self.answered_file = self.path / "answered.json"
         self.journal = self.path / "optuna.journal"
         self.profiles = self.path / "profiles"
         self.trials = self.path / "trials"
         self.report = self.path / "report"
+
+    @property
+    def seeds(self) -> StudyFolder:
+        """The chosen configurations, run again over seeds: it has a ledger and trials of its own.
+
+        Their folders hold what other trials' do, and are scored on test rows where there are any.
+        """
+        return StudyFolder(self.path, "seeds")
 
     def record(self) -> StudyRecord:
         return StudyRecord.model_validate_json(self.record_file.read_text())

@@ -1,33 +1,32 @@
 """A study on disk → tables, pictures, verdict.
 
-Reads what trials left in the study's folder, and nothing else: no cluster, no database. So it can
-be made at any moment of a study, and again years later.
+Made from the study's folder alone, so at any moment of a study, and again years later.
 """
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from e2lora.config import Objective, PlanConfig, TrialConfig
-from e2lora.figures import draw_ranks, draw_similarity
-from e2lora.front import Point, draw_front, styles_of
-from e2lora.moments import GradientProfile
-from e2lora.plan import SharingPlan, build_plan
-from e2lora.records import StudyFolder, StudyRecord, TrialFolder, TrialResult
-from e2lora.tables import html_page, markdown_section, text_section
-from e2lora.verdict import REFERENCE, Scored, Section, Unscored, write_verdict
-
-PARAMETERS = "adapter_parameters"
-BASELINE = "majority_baseline"  # a metric that tasks may report: the score without any learning
+from e2lora.ablation import ablation_table
+from e2lora.gallery import NAMES, draw_all
+from e2lora.records import StudyFolder, StudyRecord, TrialResult
+from e2lora.reproduction import published_tables
+from e2lora.scored import Section
+from e2lora.sections import Reading, Trial, read_study, section_key
+from e2lora.sensitivity import sensitivity_table
+from e2lora.standings import budget_table, trials_table, unscored_notes
+from e2lora.tables import Chapter, Table, as_text, html_page, markdown_report
+from e2lora.verdict import write_verdict
 
 
 @dataclass(frozen=True)
 class Report:
-    """Where a report lies, and what it says: the tables as text for a terminal, and the verdict."""
+    """Where a report lies, and what it says: tables as text for a terminal, and the verdict."""
 
     html: Path
     pictures: tuple[Path, ...]
@@ -38,217 +37,176 @@ class Report:
 
 
 def render_report(folder: StudyFolder, trials_planned: int | None = None) -> Report:
-    """Write ``report.html``, the pictures, ``results.csv`` and ``table.md`` into ``folder.report``.
+    """Write ``report.html``, ``report.md``, ``results.csv`` and pictures into ``folder.report``.
 
     Works at any time: trials that have not ended are counted, failed ones are listed with their
-    error, and neither is scored. With several models or tasks each pair gets a section of its own,
-    and its pictures a number from the second on (``pareto-2.png``).
+    error, those stopped early as such, and none of them is scored. With several models or tasks
+    each pair gets a chapter of its own, and its pictures a number from the second on
+    (``pareto-2.png``).
 
     Args:
-        trials_planned: of the whole study; None where it is not known.
+        trials_planned: of the search; None where it is not known.
 
     Raises:
         FileNotFoundError: the folder holds no study.
         ValueError: the study has no objective besides the number of adapter parameters.
     """
-    if not folder.record_file.exists():
-        raise FileNotFoundError(
-            f"a report needs a study's folder with its study.json; {folder.path} has none. Check "
-            "the storage path and the study's name."
-        )
-    record = folder.record()
-    trials = [(trial, trial.config(), trial.result()) for trial in folder.trial_folders()]
-    metric = metric_of(record)
-    sections = _sections(trials, metric)
-    refused = [trial.result() for trial in folder.refused_folders()]
-    results = [*(result for _, _, result in trials), *refused]
-    progress = _progress(results, trials_planned)
-    for result in filter(None, refused):
-        progress += f" Trial {result.number} had no configuration: {result.error}"
-    ended = sum(result is not None for result in results)
+    study = read_study(folder)
+    of_quota = study.record.num_cells * study.record.quota
+    planned = trials_planned or max(len(study.trials) + len(study.refused), of_quota)
     verdict = write_verdict(
-        sections,
-        progress,
-        interim=ended < (trials_planned or len(trials)),
+        study.sections,
+        study.progress(trials_planned),
+        interim=study.num_ended < planned or study.num_running > 0,
         notes=[line for splits in folder.splits() for line in splits.told()],
     )
-
     out = folder.report
     out.mkdir(parents=True, exist_ok=True)
-    for name in ("pareto", "plans", "similarity"):
+    for name in NAMES:
         for stale in out.glob(f"{name}*.png"):  # of an earlier report that had more to show
             stale.unlink()
-    pictures = [
-        _pictures(folder, section, "" if i == 0 else f"-{i + 1}")
-        for i, section in enumerate(sections)
-    ]
+    chapters = _chapters(folder, study)
     report = Report(
         html=out / "report.html",
-        pictures=tuple(file for files in pictures for file in files),
+        pictures=tuple(file for chapter in chapters for file in chapter.pictures),
         csv=out / "results.csv",
-        markdown=out / "table.md",
-        table="\n\n".join(text_section(section) for section in sections),
+        markdown=out / "report.md",
+        table="\n\n".join(_terminal(section) for section in study.sections),
         verdict=verdict,
     )
-    report.csv.write_text(_csv(trials, sections), encoding="utf-8")
-    markdown = "\n\n".join([progress, *(markdown_section(s) for s in sections)])
-    report.markdown.write_text(markdown + "\n", encoding="utf-8")
-    report.html.write_text(html_page(record, sections, pictures, verdict), encoding="utf-8")
+    title, lines = f"Study {study.record.name}", verdict.splitlines()
+    facts = _facts(study.record)
+    report.csv.write_text(_csv(study), encoding="utf-8")
+    report.markdown.write_text(markdown_report(title, facts, chapters, lines), encoding="utf-8")
+    report.html.write_text(html_page(title, facts, chapters, lines), encoding="utf-8")
     return report
 
 
-def metric_of(record: StudyRecord) -> Objective:
-    """The objective that systems are judged by: the first to maximize, else the first to minimize.
+def _terminal(section: Section) -> str:
+    """The table by budget; of a study without budgets that of its trials."""
+    if section.cells:
+        text = as_text(budget_table(section))
+        notes = "\n".join(unscored_notes(section))
+        return f"{section.title}\n{text}\n{notes}".rstrip()
+    return f"{section.title}\n{as_text(trials_table(section)).partition(chr(10))[2]}"
 
-    Raises:
-        ValueError: there is none besides the number of adapter parameters.
-    """
-    candidates = [objective for objective in record.objectives if objective.name != PARAMETERS]
-    if not candidates:
-        raise ValueError(
-            f"a report needs an objective besides {PARAMETERS!r} to judge systems by; study "
-            f"{record.name!r} has {[o.name for o in record.objectives]}. Add a metric of its task."
+
+def _chapters(folder: StudyFolder, study: Reading) -> list[Chapter]:
+    chapters = []
+    params = {trial.folder.number: trial.suggestion.params for trial in study.trials}
+    for place, section in enumerate(study.sections):
+        shown = draw_all(folder, section, params, f"-{place + 1}" if place else "")
+        parts = (
+            budget_table(section) if section.cells else None,
+            shown.get("pareto"),
+            shown.get("size"),
+            ablation_table(section),
+            sensitivity_table(section),
+            *map(shown.get, ("learning-rate", "importance", "plans", "similarity")),
+            trials_table(section),
+            *_failed_runs(study.runs, section),
         )
-    return next((o for o in candidates if o.direction == "maximize"), candidates[0])
+        chapters.append(Chapter(section.title, tuple(part for part in parts if part)))
+    tests = [
+        {
+            run.result.number: run.result.test_metrics
+            for run in study.runs
+            if run.result and section_key(run.config) == (section.model, section.task)
+        }
+        for section in study.sections
+    ]
+    if published := published_tables(study.sections, tests):
+        chapters.append(Chapter("Published against measured", tuple(published)))
+    if study.answered:
+        chapters.append(Chapter("Answered without training", (_answered(study),)))
+    return chapters
 
 
-def _progress(results: Sequence[TrialResult | None], planned: int | None) -> str:
-    states = [result.state if result else "running" for result in results]
-    ended = len(states) - states.count("running")
-    of = f"{ended} of {planned} planned trials have" if planned else f"{ended} trial(s) have"
-    text = f"{of} ended: {states.count('complete')} complete, {states.count('failed')} failed"
-    running = states.count("running")
-    return f"{text}; {running} running or interrupted." if running else f"{text}."
+def _failed_runs(runs: Sequence[Trial], section: Section) -> list[str]:
+    return [
+        f"Run {run.result.number} over seeds (of trial {run.suggestion.chosen}, seed "
+        f"{run.config.seed}) is not complete: {' '.join((run.result.error or 'untold').split())}"
+        for run in runs
+        if run.result
+        and run.result.state != "complete"
+        and section_key(run.config) == (section.model, section.task)
+    ]
 
 
-Trial = tuple[TrialFolder, TrialConfig, TrialResult | None]
-
-
-def _sections(trials: Sequence[Trial], metric: Objective) -> list[Section]:
-    """One per model and task, in the order of their first trials."""
-    cells: dict[tuple[str, str], list[Trial]] = {}
-    for trial in trials:
-        cells.setdefault(_cell(trial[1]), []).append(trial)
-    sections = []
-    for (model, task), members in cells.items():
-        scored, unscored, baselines = [], [], []
-        for folder, config, result in members:
-            if result is None:
-                continue
-            if result.state == "failed":
-                unscored.append(
-                    Unscored(result.number, config, result.error or "no error recorded")
-                )
-            elif metric.name not in result.metrics:
-                error = f"complete, but without {metric.name!r}: has {sorted(result.metrics)}"
-                unscored.append(Unscored(result.number, config, error))
-            else:
-                outcome, outcomes = _outcomes_for(metric, folder.outcomes())
-                scored.append(
-                    Scored(
-                        number=result.number,
-                        config=config,
-                        value=result.metrics[metric.name],
-                        parameters=result.adapter_parameters,
-                        seconds=result.seconds,
-                        outcomes=None if outcomes is None else tuple(outcomes),
-                        outcome=outcome,
-                    )
-                )
-                baselines.append(result.metrics.get(BASELINE))
-        scored.sort(key=lambda t: (t.system.casefold(), t.r or 0, t.config.training.learning_rate))
-        # The baseline is a share of right answers: of no use beside another kind of metric.
-        shown = scored and metric.direction == "maximize" and all(t.interval for t in scored)
-        baseline = baselines[0] if shown and len(set(baselines)) == 1 else None
-        sections.append(Section(model, task, metric, tuple(scored), tuple(unscored), baseline))
-    return sections
-
-
-def _outcomes_for(
-    metric: Objective, outcomes: Mapping[str, list[float]]
-) -> tuple[str, list[float] | None]:
-    """The metric's own outcomes, or the task's first ones where it is no mean over rows."""
-    name = metric.name if metric.name in outcomes else next(iter(outcomes), "")
-    return name, outcomes.get(name)
-
-
-def _cell(config: TrialConfig) -> tuple[str, str]:
-    return config.model.name, config.task.display_name
-
-
-def _pictures(folder: StudyFolder, section: Section, suffix: str) -> list[Path]:
-    files: list[Path] = []
-    if section.trials:
-        files.append(folder.report / f"pareto{suffix}.png")
-        others = sorted({t.system for t in section.trials} - {REFERENCE}, key=str.casefold)
-        points = [
-            Point(
-                number=t.number,
-                system=t.system,
-                r=t.r,
-                parameters=t.parameters,
-                value=t.value,
-                interval=t.interval,
-                best=t.number in section.best_numbers,
-                on_front=t.number in section.front,
+def _answered(study: Reading) -> Table:
+    return Table(
+        "Suggestions that were answered without a trial",
+        ("number", "reason", "suggestion"),
+        tuple(
+            (
+                str(answer["number"]),
+                str(answer["reason"]),
+                ", ".join(f"{name} {value}" for name, value in answer.get("params", {}).items()),
             )
-            for t in section.trials
-        ]
-        styles = styles_of([REFERENCE, *others])
-        draw_front(files[0], points, styles, section.metric.name, section.title, section.baseline)
-    best = section.best(lambda t: t.config.plan.topology == "e2")
-    trial = folder.trial(best.number) if best else None
-    plan = trial.plan() if trial and trial.plan_file.exists() else None
-    if best and plan:
-        files.append(folder.report / f"plans{suffix}.png")
-        draw_ranks(files[-1], {"": plan}, f"{best.config.label} (trial {best.number})")
-    profile = _profile_of(folder, section, plan.profile_fingerprint if plan else None)
-    if profile:
-        files.append(folder.report / f"similarity{suffix}.png")
-        shown = plan or _plan_of(profile)
-        draw_similarity(files[-1], profile, {"": shown}, section.title)
-    return files
+            for answer in study.answered
+        ),
+        frozenset(("number",)),
+        is_long=True,
+    )
 
 
-def _profile_of(
-    folder: StudyFolder, section: Section, fingerprint: str | None
-) -> GradientProfile | None:
-    """The profile that the shown plan was made from; before there is one, one of this model."""
-    for file in sorted(folder.profiles.glob("*.json")):
-        profile = GradientProfile.model_validate_json(file.read_text(encoding="utf-8"))
-        provenance = (profile.provenance.model, profile.provenance.task)
-        if fingerprint in (None, profile.fingerprint()) and (
-            fingerprint or provenance == (section.model, section.task)
-        ):
-            return profile
-    return None
+def _facts(record: StudyRecord) -> str:
+    objectives = ", ".join(f"{o.name} ({o.direction})" for o in record.objectives)
+    parts = [f"Space: {record.space}", f"Objectives: {objectives}"]
+    if record.quota:
+        parts.append(f"Quota: {record.quota} full trials for each of {record.num_cells} cells")
+    parts.append(f"Then the sampler: {record.sampler}")
+    if record.pruner:
+        parts.append(f"Early stopping beside the quota: {record.pruner.name}")
+    if record.max_parameters:
+        parts.append(f"At most {record.max_parameters:,} parameters")
+    return f"{'. '.join(parts)}. Seeds: {list(record.seeds)}."
 
 
-def _plan_of(profile: GradientProfile) -> SharingPlan:
-    """Where E² would cut, whatever the rank."""
-    targets = [entry.target for entry in profile.layers]
-    return build_plan(targets, PlanConfig(topology="e2", r=1), profile)
+FIXED = (
+    *("trial", "stage", "state", "failure", "origin", "chosen", "model", "task", "system"),
+    *("budget", "r", "learning_rate", "seed", "partition_seed", "adapter_parameters"),
+    *("head_parameters", "seconds"),
+)
+LAST = ("low", "high", "front", "error")
 
 
-def _csv(trials: Sequence[Trial], sections: Sequence[Section]) -> str:
-    """One line per ended trial, with all its metrics."""
-    scored = {t.number: (t, section) for section in sections for t in section.trials}
-    names = sorted({name for *_, result in trials if result for name in result.metrics})
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    fixed = "trial,state,model,task,system,r,learning_rate,seed,adapter_parameters,head_parameters"
-    writer.writerow([*fixed.split(","), "seconds", *names, "low", "high", "front", "error"])
-    for _, config, result in trials:
-        if result is None:
-            continue
-        t, section = scored.get(result.number, (None, None))
-        interval = t.interval if t else None
-        writer.writerow(
-            [result.number, result.state, *_cell(config), config.system, config.base_rank]
-            + [config.training.learning_rate, config.seed]
-            + [result.adapter_parameters, result.head_parameters, result.seconds]
-            + [result.metrics.get(name, "") for name in names]
-            + list(interval or ("", ""))
-            + [int(result.number in section.front) if section else "", result.error or ""]
+def _csv(study: Reading) -> str:
+    """One line per trial or run over seeds that has ended, with all its metrics."""
+    ended = [("search", trial, trial.result) for trial in study.trials if trial.result]
+    ended += [("seeds", run, run.result) for run in study.runs if run.result]
+    places = {(section.model, section.task): section for section in study.sections}
+    rows: list[dict[str, Any]] = []
+    for stage, trial, result in ended:
+        section = places[section_key(trial.config)]
+        scored = section.trials if stage == "search" else section.runs
+        found = next((t for t in scored if t.number == result.number), None)
+        low, high = (found.interval if found else None) or (None, None)
+        on_front = int(result.number in section.front) if found and stage == "search" else None
+        training = {
+            "budget": trial.config.plan.target_parameters,
+            "r": trial.config.base_rank,
+            "learning_rate": trial.config.training.learning_rate,
+            "seed": trial.config.seed,
+            "partition_seed": trial.config.plan.partition_seed,
+        }
+        rows.append(
+            dict(zip(("model", "task"), section_key(trial.config), strict=True))
+            | {"stage": stage, "origin": trial.suggestion.origin, "system": trial.config.system}
+            | {"chosen": trial.suggestion.chosen, **training, **_result_columns(result)}
+            | {"low": low, "high": high, "front": on_front}
         )
+    rows += [{"stage": "search", **_result_columns(result)} for result in study.refused]
+    others = dict.fromkeys(name for row in rows for name in row if name not in (*FIXED, *LAST))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [*FIXED, *sorted(others), *LAST], restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
     return text.getvalue()
+
+
+def _result_columns(result: TrialResult) -> dict[str, Any]:
+    of_test = {f"test_{name}": value for name, value in result.test_metrics.items()}
+    kept = ("state", "failure", "adapter_parameters", "head_parameters", "seconds", "error")
+    told = {name: getattr(result, name) for name in kept}
+    return {"trial": result.number, **result.metrics, **of_test, **told}

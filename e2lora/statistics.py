@@ -1,7 +1,7 @@
 """Which trials are not beaten, how sure a proportion is, and whether two systems really differ.
 
-Pure functions of numbers. Outcomes are one number per validation item, in item order; two systems
-scored on the same items are compared item by item.
+Pure functions of numbers. Outcomes are one number per item, in item order; two systems scored on
+the same items are compared item by item, and seed by seed where each was trained with several.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
+from scipy import special, stats
+
+from e2lora.crossed import CrossedVariance
 
 Direction = Literal["maximize", "minimize"]
 
@@ -29,13 +31,18 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True)
 class PairedTest:
-    """Whether two systems differ on the same n items: ``difference`` is mean(a) − mean(b)."""
+    """Whether two systems differ on the same n items: ``difference`` is mean(a) − mean(b).
+
+    Attributes:
+        num_seeds: that each was trained with. With 1 the test speaks of two trained models.
+    """
 
     difference: float
     interval: Interval
     p_value: float
     n: int
     method: str
+    num_seeds: int = 1
 
 
 def pareto_front(values: Sequence[Sequence[float]], directions: Sequence[Direction]) -> list[int]:
@@ -183,6 +190,118 @@ def _permutation(differences: NDArray[np.float64], confidence: float, seed: int)
         n=len(differences),
         method="paired permutation test",
     )
+
+
+def paired_over_seeds(
+    a: Sequence[ArrayLike] | ArrayLike, b: Sequence[ArrayLike] | ArrayLike, confidence: float = 0.95
+) -> PairedTest:
+    """Test, two-sided, that two systems have equal mean outcome over seeds and items.
+
+    Seeds and items are crossed: the same items recur under every seed. The standard error is that
+    of the two-level paired bootstrap, which resamples seeds, and items once for all seeds (the
+    pigeonhole bootstrap: Owen 2007, Annals of Applied Statistics 1(2)). For a mean it is known
+    without resampling, and so are its biases, which are taken out: see :class:`CrossedVariance`.
+
+    A percentile interval of few seeds is much too narrow, and so is one by the normal distribution:
+    the critical value is the mean of Student's t of S − 1 and of n − 1 degrees of freedom, each
+    weighted by its share of the variance (Cochran & Cox 1950, Experimental Designs, §4.14). In
+    simulations its level stays at or below the nominal one from 3 seeds on (2 seeds: 5.5 % for
+    5 %), while Satterthwaite's degrees of freedom gave up to 5.8 % for 5 % and twice the level at
+    0.5 % (5 seeds), where a correction for many comparisons looks.
+
+    0/1 outcomes get one imaginary item won and one lost under every seed, as in Bonett & Price
+    (2012), so that an interval keeps its width where all items agree.
+
+    Args:
+        a, b: outcomes of shape (seeds, n): row s of both is of the same seed, item i the same item.
+
+    Raises:
+        ValueError: unequal shapes, fewer than 2 seeds or items, outcomes that are not finite.
+
+    >>> won = [[1, 1, 1, 0, 1, 1], [1, 1, 0, 1, 1, 1], [1, 1, 1, 1, 0, 1]]
+    >>> lost = [[0, 0, 1, 0, 0, 0], [1, 0, 0, 0, 0, 0], [0, 0, 0, 1, 0, 0]]
+    >>> test = paired_over_seeds(won, lost)
+    >>> round(test.difference, 3), round(test.p_value, 3), test.num_seeds
+    (0.667, 0.091, 3)
+    """
+    left, right = _table(a), _table(b)
+    if left.shape != right.shape:
+        raise ValueError(
+            "a paired test over seeds needs the same seeds and items in both; got shapes "
+            f"{left.shape} and {right.shape}. Compare systems run with the same seeds on the same "
+            "rows."
+        )
+    num_seeds, n = left.shape
+    if num_seeds < 2 or n < 2:
+        raise ValueError(
+            "a test over seeds needs at least 2 seeds, to see how much they differ, and 2 items; "
+            f"got {num_seeds} seed(s) and {n} item(s). Run more seeds, or compare the two trained "
+            "models alone, by paired_test."
+        )
+    binary, differences = is_binary(left) and is_binary(right), left - right
+    mean = float(differences.mean())
+    if binary:
+        imaginary = np.broadcast_to([1.0, -1.0], (num_seeds, 2))
+        differences = np.concatenate([differences, imaginary], axis=1)
+    centre = float(differences.mean())
+    variance = CrossedVariance.of(differences)
+    half = variance.critical_value(1 - confidence) * variance.error
+    interval = Interval(centre - half, centre + half)
+    if binary:
+        interval = Interval(max(interval.low, -1.0), min(interval.high, 1.0))
+    p_value = variance.p_value(centre)
+    return PairedTest(mean, interval, p_value, n, "two-level paired bootstrap", num_seeds)
+
+
+def _table(outcomes: Sequence[ArrayLike] | ArrayLike) -> NDArray[np.float64]:
+    """(seeds, items), all finite."""
+    rows = [np.asarray(row, dtype=float) for row in outcomes]  # type: ignore[union-attr]
+    shapes = sorted({row.shape for row in rows})
+    if len(shapes) != 1 or len(shapes[0]) != 1:
+        raise ValueError(
+            "a test over seeds needs one row of outcomes per seed, each of the same items; got "
+            f"rows of shapes {shapes}. Score every seed on the same rows."
+        )
+    table = np.stack(rows)
+    if not np.isfinite(table).all():
+        raise ValueError(
+            "outcomes must be finite to be compared; got NaN or infinity. Find the items whose "
+            "score is undefined and give them one (0 for a failure)."
+        )
+    return table
+
+
+def seed_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
+    """Student's interval of the mean of one number per seed: how far other seeds might move it.
+
+    It covers the variance between training runs, on the items that there are.
+
+    Raises:
+        ValueError: fewer than two seeds.
+
+    >>> low, high = seed_interval([0.80, 0.82, 0.84])
+    >>> round(low, 3), round(high, 3)
+    (0.77, 0.87)
+    """
+    mean, sd = mean_and_sd(values)
+    half = -special.stdtrit(len(values) - 1, (1 - confidence) / 2) * sd / np.sqrt(len(values))
+    return Interval(float(mean - half), float(mean + half))
+
+
+def mean_and_sd(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard deviation (ddof 1) of one number per seed.
+
+    Raises:
+        ValueError: fewer than two seeds.
+
+    >>> mean_and_sd([1.0, 2.0, 3.0])
+    (2.0, 1.0)
+    """
+    if len(values) < 2:
+        raise ValueError(
+            f"a spread over seeds needs at least 2 of them; got {len(values)}. Run more seeds."
+        )
+    return float(np.mean(values)), float(np.std(values, ddof=1))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

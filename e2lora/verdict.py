@@ -1,198 +1,31 @@
-"""From scored trials to sentences: fronts, paired comparisons at equal base rank, and caveats.
+"""From scored trials to sentences: what to deploy, how systems compare at each budget, caveats.
 
-A :class:`Section` is one model on one task; only trials of one section are compared. Nothing here
-reads or writes a file.
+Only trials of one section, one model on one task, are compared. Nothing here reads or writes a
+file.
 """
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Iterable, Sequence
 
-from e2lora.config import (
-    AdapterConfig,
-    Objective,
-    PlanConfig,
-    TaskConfig,
-    TextsConfig,
-    TrialConfig,
-    system_name,
+from e2lora.comparisons import (
+    SIGNIFICANCE,
+    Choice,
+    Comparison,
+    adjust,
+    cell_budgets,
+    choose,
+    compare,
+    is_random,
+    values_by_seed,
 )
-from e2lora.statistics import (
-    Interval,
-    PairedTest,
-    holm,
-    is_binary,
-    paired_test,
-    pareto_front,
-    proportion_interval,
-)
+from e2lora.config import Objective
+from e2lora.scored import REFERENCE, Scored, Section, Unscored
+from e2lora.statistics import mean_and_sd
+from e2lora.wording import described, named, p_told, size_of, spread_of
 
-REFERENCE = system_name(PlanConfig(topology="e2"), AdapterConfig(target_modules=("any",)))
-SIGNIFICANCE = 0.05
-
-
-@dataclass(frozen=True)
-class Scored:
-    """A complete trial: its metric ``value`` and, where stored, the outcome of every row.
-
-    Attributes:
-        outcome: the metric that ``outcomes`` are of: another one where the value is no mean over
-            rows, as a correlation.
-    """
-
-    number: int
-    config: TrialConfig
-    value: float
-    parameters: int
-    seconds: float
-    outcomes: tuple[float, ...] | None = None
-    outcome: str = ""
-
-    @property
-    def system(self) -> str:
-        return self.config.system
-
-    @property
-    def r(self) -> int | None:
-        return self.config.base_rank
-
-    @cached_property
-    def averages_outcomes(self) -> bool:
-        """Whether the metric is the mean of the outcomes: only then a test of them speaks of it."""
-        if not self.outcomes:
-            return False
-        mean = math.fsum(self.outcomes) / len(self.outcomes)
-        return math.isclose(mean, self.value, rel_tol=1e-6, abs_tol=1e-6)
-
-    @cached_property
-    def interval(self) -> Interval | None:
-        """95 % over the sampling of items, where the metric is a proportion of them."""
-        if not self.outcomes or not self.averages_outcomes or not is_binary(self.outcomes):
-            return None
-        return proportion_interval(round(sum(self.outcomes)), len(self.outcomes))
-
-
-@dataclass(frozen=True)
-class Unscored:
-    """A trial that ended without a score, and why."""
-
-    number: int
-    config: TrialConfig
-    error: str
-
-
-@dataclass(frozen=True)
-class Section:
-    """The trials of one model on one task, and the metric they are judged by."""
-
-    model: str
-    task: str
-    metric: Objective
-    trials: tuple[Scored, ...]
-    unscored: tuple[Unscored, ...] = ()
-    baseline: float | None = None
-
-    @property
-    def title(self) -> str:
-        return f"{self.model} on {self.task}"
-
-    @property
-    def ranks(self) -> list[int]:
-        """The base ranks there are."""
-        return sorted({trial.r for trial in self.trials if trial.r is not None})
-
-    @cached_property
-    def front(self) -> frozenset[int]:
-        """Numbers of the trials that no other beats in both metric and adapter parameters."""
-        values = [(trial.value, trial.parameters) for trial in self.trials]
-        kept = pareto_front(values, (self.metric.direction, "minimize"))
-        return frozenset(self.trials[i].number for i in kept)
-
-    def best(self, chosen: Callable[[Scored], bool] = lambda trial: True) -> Scored | None:
-        """The best of the chosen by the metric; ties go to fewer parameters, then the earlier."""
-        sign = -1.0 if self.metric.direction == "maximize" else 1.0
-        return min(
-            filter(chosen, self.trials),
-            key=lambda trial: (sign * trial.value, trial.parameters, trial.number),
-            default=None,
-        )
-
-    @cached_property
-    def best_numbers(self) -> frozenset[int]:
-        """Numbers of the best trial of each system and base rank."""
-        found = (
-            self.best(lambda t, cell=cell: (t.system, t.r) == cell)  # type: ignore[misc]
-            for cell in {(t.system, t.r) for t in self.trials}
-        )
-        return frozenset(trial.number for trial in found if trial)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """E²LoRA's best trial against another system's best at one base rank.
-
-    Either ``test`` is there (its difference is E²LoRA minus the other), or ``refusal`` says why
-    the two can't be paired.
-    """
-
-    reference: Scored
-    other: Scored
-    test: PairedTest | None = None
-    refusal: str = ""
-    adjusted_p: float = math.nan
-
-
-def compare(section: Section) -> list[Comparison]:
-    """Every other system against E²LoRA at each base rank that both have, p-values not adjusted.
-
-    Full fine-tuning has no rank: it stands beside E²LoRA at each.
-    """
-    comparisons = []
-    for r in section.ranks:
-        reference = section.best(lambda t, r=r: (t.system, t.r) == (REFERENCE, r))  # type: ignore[misc]
-        others = (
-            t for t in section.trials if t.r in (r, None) and t.number in section.best_numbers
-        )
-        for other in sorted(others, key=lambda t: t.system.casefold()):
-            if reference and other.system != REFERENCE:
-                comparisons.append(_pair(reference, other))
-    return comparisons
-
-
-def _pair(reference: Scored, other: Scored) -> Comparison:
-    a, b = reference.outcomes, other.outcomes
-    if not a or not b:
-        lacking = other if a else reference
-        refusal = f"trial {lacking.number} has no outcomes per item"
-        return Comparison(reference, other, refusal=refusal)
-    if len(a) != len(b):
-        refusal = f"the two were scored on {len(a)} and {len(b)} items"
-        return Comparison(reference, other, refusal=refusal)
-    if differing := _differing_rows(reference.config.task, other.config.task):
-        refusal = f"their validation rows may differ (in {', '.join(differing)})"
-        return Comparison(reference, other, refusal=refusal)
-    return Comparison(reference, other, paired_test(a, b))
-
-
-def _differing_rows(one: TaskConfig, other: TaskConfig) -> list[str]:
-    """Options in which two tasks differ, of those that decide what is asked of a model."""
-    if type(one) is not type(other):
-        return ["kind"]
-    # What a text is cut to changes a model's answers, not what is asked; sft cuts the answers
-    # that are scored.
-    cut = {"max_length"} if isinstance(one, TextsConfig) else None
-    a_rows, b_rows = (task.model_dump(exclude=cut) for task in (one, other))
-    return [key for key in a_rows if a_rows[key] != b_rows[key]]
-
-
-def adjust(comparisons: Sequence[Comparison]) -> list[Comparison]:
-    """Holm's adjustment over all comparisons that were tested."""
-    p_values = iter(holm([c.test.p_value for c in comparisons if c.test]))
-    return [replace(c, adjusted_p=next(p_values)) if c.test else c for c in comparisons]
+CONTROLS = {"random": "random partitions", "matched": "matched blocks"}
+SEEDS_REMEDY = "run the chosen configurations over seeds (`--seeds 5`)"
 
 
 def write_verdict(
@@ -207,114 +40,277 @@ def write_verdict(
         interim: whether more trials are planned.
         notes: on the data, that a reader must know.
     """
-    compared = [compare(section) for section in sections]
-    adjusted = iter(adjust([c for comparisons in compared for c in comparisons]))
-    lines = [progress]
     if not any(section.trials for section in sections):
         return f"{progress}\nNo trial is complete yet: there is nothing to compare."
-    tested = 0
+    lines = [progress]
+    compared = compare_all(sections)
     for section, comparisons in zip(sections, compared, strict=True):
         lines.append(f"# {section.title}")
         if not section.trials:
             lines.append("No trial is complete yet: there is nothing to compare.")
             continue
-        lines += _front_lines(section)
-        mine = [next(adjusted) for _ in comparisons]
-        tested += sum(c.test is not None for c in mine)
-        for r in section.ranks:
-            lines += _rank_lines(section, r, [c for c in mine if c.reference.r == r])
+        lines += _conclusion(section, comparisons)
+        lines.append(_front_line(section))
+        for budget in cell_budgets(section):
+            mine = [c for c in comparisons if c.a.budget == budget]
+            lines += _budget_lines(section, budget, mine)
+        lines += _control_lines(section)
+    every = [c for comparisons in compared for c in comparisons]
     lines.append("# How to read this")
-    lines += [f"- {line}" for line in (*_caveats(sections, tested, interim), *notes)]
+    lines += [f"- {line}" for line in (*_caveats(sections, every, interim), *notes)]
     return "\n".join(lines)
 
 
-def _front_lines(section: Section) -> Iterable[str]:
+def compare_all(sections: Sequence[Section]) -> list[list[Comparison]]:
+    """Those of each section, p-values adjusted over all of them."""
+    compared = [compare(section) for section in sections]
+    adjusted = iter(adjust([c for comparisons in compared for c in comparisons]))
+    return [[next(adjusted) for _ in comparisons] for comparisons in compared]
+
+
+# ---- the conclusion -----------------------------------------------------------------------------
+
+
+def _conclusion(section: Section, comparisons: Sequence[Comparison]) -> Iterable[str]:
+    if not section.cells:
+        yield (
+            "No system was tried at a budget by a quota, so none is compared: trials stand on the "
+            "front only."
+        )
+        return
+    over_seeds = [c for c in comparisons if c.test and not c.one_seed]
+    single = [c for c in comparisons if c.test and c.one_seed]
+    if over_seeds:
+        summary = _summary(section, over_seeds)
+        yield f"{REFERENCE} against others of its budget, over seeds: {summary}."
+    if single:
+        yield (
+            f"Exploratory, of single trained models: {_summary(section, single)}. To learn of the "
+            f"systems themselves, {SEEDS_REMEDY}."
+        )
+    refused = len(comparisons) - len(over_seeds) - len(single)
+    if refused:
+        yield f"{refused} comparison(s) could not be made; the reasons stand below."
+    if choice := choose(section):
+        yield _deployment(section, choice)
+
+
+def _summary(section: Section, comparisons: Sequence[Comparison]) -> str:
+    parts = []
+    found = [c for c in comparisons if c.is_significant]
+    if not all(c.speaks for c in found):
+        parts.append(
+            f"significant differences in {len(found)}, in another measure than "
+            f"{section.metric.name}"
+        )
+        found = []
+    for word, is_better in (("better", True), ("worse", False)):
+        others = [named(c.b) for c in found if c.favours_a(section.metric) == is_better]
+        if others:
+            parts.append(f"significantly {word} than {', '.join(others)}")
+    rest = sum(not c.is_significant for c in comparisons)
+    if rest:
+        parts.append(
+            f"no significant difference in {'any of the' if not parts else 'the other'} {rest} "
+            "comparison(s), which does not mean equal"
+        )
+    return "; ".join(parts)
+
+
+def _deployment(section: Section, choice: Choice) -> str:
+    cell, best, metric = choice.cell, choice.best, section.metric
+    lead = "To deploy" if choice.over_seeds else "To deploy, with one trial each to go by"
+    text = f"{lead}: {named(cell)}, {size_of(cell)}"
+    measure = "mean" if choice.over_seeds else "score"
+    against = choice.against_best
+    if against is None:
+        text += f": it has the best {measure} of {choice.num_cells} cell(s)"
+        if choice.num_worse:
+            text += f", and the {choice.num_worse} smaller one(s) test worse than it"
+    else:
+        assert against.test
+        low, high = against.test.interval
+        text += (
+            f": the smallest of {choice.num_cells} cells that does not test worse than the one "
+            f"with the best {measure}, {named(best)} ({size_of(best)}): difference "
+            f"{against.test.difference:+.4f} (95 % interval {low:+.4f} to {high:+.4f})"
+        )
+        if against.speaks:
+            loss = max(0.0, -low if metric.direction == "maximize" else high)
+            text += f", so it may cost up to {loss:.4f} in {metric.name}"
+        else:
+            text += _in_other_measure(against, metric)
+    left_out = sum(not is_random(c) for c in section.cells) - choice.num_cells
+    if left_out:
+        text += f"; {left_out} cell(s) are left out, with a quota or runs that are not complete"
+    if choice.num_untested:
+        text += f"; {choice.num_untested} smaller one(s) could not be tested against the best"
+    if choice.over_seeds:
+        text += f". Its {metric.name}: {spread_of(cell, 'validation')}"
+        if len(values_by_seed(cell, "test")) > 1:
+            text += f"; on test rows, {spread_of(cell, 'test')}"
+        return f"{text}."
+    return f"{text}. How far another seed would move this is not known: {SEEDS_REMEDY} first."
+
+
+# ---- front and comparisons -----------------------------------------------------------------------
+
+
+def _front_line(section: Section) -> str:
     front = sorted(
         (t for t in section.trials if t.number in section.front), key=lambda t: t.parameters
     )
-    names = ", ".join(f"{t.config.label} ({t.parameters:,}: {t.value:.4f})" for t in front)
     better = "higher" if section.metric.direction == "maximize" else "lower"
-    yield (
-        f"Not dominated in {section.metric.name} ({better} is better) and adapter parameters, "
-        f"by point estimates: {names}."
+    return (
+        f"Not dominated in {section.metric.name} ({better} is better) and adapter parameters, by "
+        f"point estimates of single trials: {', '.join(_on_front(section, t) for t in front)}."
     )
 
 
-def _rank_lines(section: Section, r: int, comparisons: Sequence[Comparison]) -> Iterable[str]:
+def _on_front(section: Section, trial: Scored) -> str:
+    text = f"{trial.config.label} ({trial.parameters:,}: {trial.value:.4f}"
+    values = [run.value for run in section.runs if run.chosen == trial.number]
+    if len(values) > 1:
+        mean, sd = mean_and_sd(values)
+        text += f"; mean of {len(values)} runs {mean:.4f}, sd {sd:.4f}"
+    return f"{text})"
+
+
+def _budget_lines(
+    section: Section, budget: int, comparisons: Sequence[Comparison]
+) -> Iterable[str]:
+    heading = f"Budget {budget:,} parameters"
     if not comparisons:
-        has = any((t.system, t.r) == (REFERENCE, r) for t in section.trials)
-        lacking = "no other system has" if has else f"{REFERENCE} has no"
-        yield f"Base rank {r}: {lacking}{' a' if has else ''} complete trial; nothing is compared."
+        has = any(cell.budget == budget and cell.system == REFERENCE for cell in section.cells)
+        lacking = "no other system was tried" if has else f"{REFERENCE} was not tried"
+        yield f"{heading}: {lacking}; nothing is compared."
         return
-    tried = Counter((t.system, t.r) for t in section.trials)
+    for over_seeds in (True, False):
+        for rows in ("test", "validation"):
+            mine = [
+                c
+                for c in comparisons
+                if c.test and (not c.one_seed) == over_seeds and c.rows == rows
+            ]
+            if mine:
+                of = f"{rows} rows" if over_seeds else "exploratory, one trial each"
+                reference = described(mine[0].a, not over_seeds, mine[0].rows)
+                yield f"{heading}, {of}: {reference} against"
+                yield from (_compared(section, c) for c in mine)
+    refused = [c for c in comparisons if not c.test]
+    if refused:
+        yield f"{heading}, {REFERENCE} not compared with"
+        for c in refused:
+            why = f" (nor over seeds, since {c.one_seed})" if c.one_seed else ""
+            yield f"- {c.b.system}: {c.refusal}{why}."
 
-    def describe(t: Scored) -> str:
-        best_of = f"best of {tried[t.system, t.r]}" if tried[t.system, t.r] > 1 else "1 trial"
-        return f"{t.system} ({best_of}; {t.parameters:,} parameters; {t.value:.4f})"
 
-    yield f"Base rank {r}: {describe(comparisons[0].reference)} against"
-    for c in comparisons:
-        if c.test is None:
-            yield f"- {describe(c.other)}: not compared, since {c.refusal}."
-            continue
-        low, high = c.test.interval
-        yield (
-            f"- {describe(c.other)}: difference {c.test.difference:+.4f} (95 % interval {low:+.4f} "
-            f"to {high:+.4f}, n = {c.test.n:,}), {c.test.method} p {_p(c.test.p_value)}, adjusted "
-            f"p {_p(c.adjusted_p)}: {_finding(c, section.metric)}."
-        )
+def _compared(section: Section, c: Comparison) -> str:
+    assert c.test
+    low, high = c.test.interval
+    sizes = f"{c.test.n:,} items"
+    if not c.one_seed:
+        sizes = f"{c.test.num_seeds} seeds x {sizes}"
+    why = f" Not over seeds, since {c.one_seed}." if c.one_seed else ""
+    return (
+        f"- {described(c.b, bool(c.one_seed), c.rows)}: difference "
+        f"{c.test.difference:+.4f} (95 % interval {low:+.4f} to {high:+.4f}, {sizes}), "
+        f"{c.test.method} p {p_told(c.test.p_value)}, adjusted p {p_told(c.adjusted_p)}: "
+        f"{_finding(c, section.metric)}.{why}"
+    )
 
 
 def _finding(c: Comparison, metric: Objective) -> str:
-    assert c.test is not None
-    speaks = c.reference.averages_outcomes and c.other.averages_outcomes
-    subject = "" if speaks else f" in {c.reference.outcome} ({metric.name} has no value per item)"
-    if c.adjusted_p > SIGNIFICANCE:
-        return f"no significant difference{subject}"
-    if not speaks:
+    assert c.test
+    subject = f"this {REFERENCE} model" if c.one_seed else REFERENCE
+    measure = "" if c.speaks else _in_other_measure(c, metric)
+    if not c.is_significant:
+        return f"no significant difference{measure}"
+    if not c.speaks:
         side = "higher" if c.test.difference > 0 else "lower"
-        return f"{REFERENCE} is significantly {side}{subject}"
-    better = (c.test.difference > 0) == (metric.direction == "maximize")
-    return f"{REFERENCE} is significantly {'better' if better else 'worse'}"
+        return f"{subject} is significantly {side}{measure}"
+    return f"{subject} is significantly {'better' if c.favours_a(metric) else 'worse'}"
 
 
-def _caveats(sections: Sequence[Section], tested: int, interim: bool) -> Iterable[str]:
-    trials = [trial for section in sections for trial in section.trials]
+def _in_other_measure(c: Comparison, metric: Objective) -> str:
+    trial = c.a.chosen if c.one_seed else c.a.runs[0]
+    measure = (trial.outcome if trial else "") or "its outcomes"
+    return f" in {measure} ({metric.name} has no value per item)"
+
+
+def _control_lines(section: Section) -> Iterable[str]:
+    trials: list[Scored | Unscored] = [*section.trials, *section.unscored]
+    for topology, name in CONTROLS.items():
+        tried = {
+            t.config.plan.target_parameters
+            for t in trials
+            if t.origin == "quota" and t.config.plan.topology == topology
+        }
+        lacking = [f"{budget:,}" for budget in cell_budgets(section) if budget not in tried]
+        if lacking:
+            yield (
+                f"Control lacking: {name} (`{topology}`) at {', '.join(lacking)}. Without it a "
+                f"difference may come from sharing as such, not from where {REFERENCE} cuts."
+            )
+
+
+# ---- caveats ------------------------------------------------------------------------------------
+
+
+def _caveats(
+    sections: Sequence[Section], comparisons: Sequence[Comparison], interim: bool
+) -> Iterable[str]:
+    tested = [c for c in comparisons if c.test]
+    over_seeds = [c for c in tested if not c.one_seed]
+    single = len(tested) - len(over_seeds)
     if tested:
+        kinds = [f"{len(over_seeds)} over seeds"] * bool(over_seeds)
+        kinds += [f"{single} of single trials"] * bool(single)
         yield (
-            f"A difference is {REFERENCE} minus the other system, on the same validation items. "
-            f"P-values are adjusted by Holm's method over {tested} comparison(s), significance "
-            f"level {SIGNIFICANCE}. Each interval is for its comparison alone, so it may leave out "
-            "0 where the adjusted p-value finds nothing. No significant difference does not mean "
+            f"A difference is {REFERENCE} minus the other system, on the same items. P-values are "
+            f"adjusted by Holm's method ({' and, apart, '.join(kinds)}), significance level "
+            f"{SIGNIFICANCE}. Each interval is for its comparison alone, so it may leave out 0 "
+            "where the adjusted p-value finds nothing. No significant difference does not mean "
             "equal: the interval says what remains possible."
         )
-    seeds = sorted({trial.config.seed for trial in trials})
-    ran = f"one seed ({seeds[0]})" if len(seeds) == 1 else f"{len(seeds)} seeds, one run each,"
+    if over_seeds:
+        yield (
+            "Over seeds, both systems are trained with the same seeds and scored on the same "
+            "items; the interval covers other seeds and other items of the same kind. That of a "
+            "mean over seeds covers other seeds only."
+        )
+    if single:
+        yield (
+            "A test of single trials covers the sampling of items, not the variance between "
+            "training runs: it speaks of two trained models, and another seed may reverse it."
+        )
+    if any(section.cells for section in sections):
+        yield (
+            "Only systems whose whole quota was tried, over one grid, are compared; each stands "
+            "by the best of it."
+        )
+    if any(c.rows == "validation" for c in over_seeds):
+        yield (
+            "Configurations were chosen by their scores on the validation rows that they are "
+            "compared on. The runs over seeds are trained anew, but the means may be a little "
+            "flattering: of all systems alike, their effort being equal."
+        )
+    if any(c.rows == "test" for c in over_seeds):
+        yield "Comparisons on test rows are free of the choice: it was made on validation rows."
+    if single:
+        yield "The score of a best try is flattering: it was chosen on the rows it is tested on."
+    if any(section.cells for section in sections):
+        yield (
+            "What to deploy follows a rule of thumb: tests against the best are not adjusted, "
+            "since that would let worse systems pass; the best mean itself is likely a little "
+            "high, being the highest of several."
+        )
     yield (
-        f"With {ran} the tests and intervals cover the sampling of validation items, not the "
-        "variance between training runs: another seed may move every score."
-    )
-    counts = Counter(trial.system for trial in trials)
-    numbers = ", ".join(f"{s} {counts[s]}" for s in sorted(counts, key=str.casefold))
-    yield (
-        "Each system enters with its best trial on the very rows it is then tested on, which "
-        f"favours systems with more trials. Complete trials per system: {numbers}."
-    )
-    yield (
-        "Systems at equal base rank mostly have different numbers of adapter parameters: equal "
-        "rank is not equal size. The front compares by size, without regard to uncertainty."
+        "The front compares by size, without regard to uncertainty. It has every full trial; those "
+        "without a budget stand on it alone."
     )
     if interim:
         yield (
             "This is an interim result: tests repeated while a study runs find too much, since "
             "the adjustment does not count the looks."
         )
-
-
-def _p(value: float) -> str:
-    """A p-value as a report prints it.
-
-    >>> _p(0.0002), _p(0.0423)
-    ('< 0.001', '= 0.042')
-    """
-    return "< 0.001" if value < 0.001 else f"= {value:.3f}"

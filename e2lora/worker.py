@@ -25,7 +25,7 @@ from e2lora.config import GroupSpec, TrialConfig
 from e2lora.models import Base
 from e2lora.profile import measure_profile
 from e2lora.profile_cache import ProfileCache
-from e2lora.records import Evaluation, TrialFolder, write_json
+from e2lora.records import Evaluation, Failure, TrialFolder, write_json
 from e2lora.resident import Resident
 from e2lora.tasks import TrialData
 from e2lora.tasks.scores import Outcomes
@@ -48,6 +48,7 @@ class Link:
         self._broker, self._group, self._preempted = broker, group, preempted
         self.rank = dist.get_rank(group) if group else 0
         self.last_moved = time.monotonic()
+        self.stepped = 0.0  # seconds in training steps, of all jobs
 
     def call(self, method: str, *arguments: Any) -> Any:
         """Ask the broker on worker 0; every worker gets the answer. Collective."""
@@ -94,6 +95,7 @@ class Link:
 
         def on_step(step: int, measured: dict[str, float]) -> bool:
             nonlocal next_look
+            self.stepped += measured.get("seconds", 0.0)
             alive(step=step, measured=measured or None)
             # only a step leaves something to save
             looks = bool(measured) and time.monotonic() > next_look
@@ -232,25 +234,48 @@ def serve(
             return
         if attempt is None:
             continue  # the broker waited a while before it said so
+        clock = _Clock(link)
         try:
-            link.call("complete", attempt.token, _work_on(attempt, resident, link, group))
+            link.call("complete", attempt.token, _work_on(attempt, resident, clock, group))
         except TrialStopped:
             pass
         except Exception as error:
             traceback.print_exc()
-            own = group is None or isinstance(error, OWN_FAULTS)
-            link.tell("fail" if own else "lose", attempt.token, _explain(error))
+            if group is None or isinstance(error, OWN_FAULTS):
+                link.tell("fail", attempt.token, _explain(error), failure_of(error))
+            else:
+                link.tell("lose", attempt.token, _explain(error))
             if group or device.type == "cuda":
                 raise
             if not isinstance(error, FloatingPointError):
                 resident.drop_base()  # what broke half-way may have left something on it
+        finally:
+            if link.rank == 0:
+                link.tell("spend", name, clock.read())
         resident.drop_changed_base()
         done += 1
 
 
-def _work_on(attempt: Attempt, resident: Resident, link: Link, group: Any) -> dict[str, Any]:
+class _Clock:
+    """What one job's time goes into, by the parts of `e2lora.utilisation`."""
+
+    def __init__(self, link: Link) -> None:
+        self.link, self._stepped = link, link.stepped
+        self._began = self._loaded = time.monotonic()
+
+    def loaded(self) -> None:
+        self._loaded = time.monotonic()
+
+    def read(self) -> dict[str, float]:
+        steps = self.link.stepped - self._stepped
+        other = time.monotonic() - self._loaded - steps
+        return {"steps": steps, "other": other, "loading": self._loaded - self._began}
+
+
+def _work_on(attempt: Attempt, resident: Resident, clock: _Clock, group: Any) -> dict[str, Any]:
     """Run one job; ``seconds`` leave out what was loaded for it."""
-    reports, payload = link.reports(attempt.token), attempt.job.payload
+    link, payload = clock.link, attempt.job.payload
+    reports = link.reports(attempt.token)
     config = TrialConfig.model_validate_json(payload["config"])
     world = dist.get_world_size(group) if group else 1
     if config.training.num_workers != world:  # of an elastic group
@@ -258,6 +283,7 @@ def _work_on(attempt: Attempt, resident: Resident, link: Link, group: Any) -> di
         config = config.model_copy(update={"training": training})
     with link.kept_alive(reports):
         base, data = resident.load(config)
+    clock.loaded()
     reports.on_step(0, {})
     started = time.monotonic()
     result = JOBS[attempt.job.kind](Work(base, data, config, payload, reports, group))
@@ -266,6 +292,17 @@ def _work_on(attempt: Attempt, resident: Resident, link: Link, group: Any) -> di
 
 OWN_FAULTS = (ValueError, FloatingPointError, FileNotFoundError, OutOfMemory)
 """Errors that every worker of a group would raise again; others may come from a lost worker."""
+
+
+def failure_of(error: Exception) -> Failure:
+    """The kind of a job's own failure, as its record names it.
+
+    >>> failure_of(FloatingPointError("the loss must stay finite"))
+    'diverged'
+    """
+    if isinstance(error, FloatingPointError):
+        return "diverged"
+    return "memory" if isinstance(error, (OutOfMemory, torch.OutOfMemoryError)) else "error"
 
 
 def _explain(error: Exception) -> str:

@@ -1,5 +1,7 @@
 """Make the report of a study again, from its folder alone; also in mid-study.
 
+It is written into STORAGE/STUDY/report, and what matters of it is printed.
+
 python jobs/report.py results/quickstart
 """
 
@@ -30,7 +32,11 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{report.table}\n\n{report.verdict}\n\nreport   {report.html}")
+    print(f"{report.table}\n\n{report.verdict}\n")
+    print(f"report     {report.html}")
+    print(f"in text    {report.markdown}")
+    print(f"trials     {report.csv}")
+    print(f"pictures   {', '.join(file.name for file in report.pictures) or 'none yet'}")
     return 0
 
 

@@ -1,7 +1,7 @@
 """Train one run: a point of a space, a recorded trial, or the best trial of a study.
 
     python jobs/train.py                                   # the quickstart's first point
-    python jobs/train.py --set system=E²LoRA r=8 training.max_steps=500
+    python jobs/train.py --set system=E²LoRA budget=73728 training.max_steps=500
     python jobs/train.py --from-study quickstart --best --workers 2 \\
         --set training.num_epochs=3
     python jobs/train.py --trial results/quickstart/trials/00008/trial.json

@@ -1,20 +1,20 @@
 """RoBERTa-base on five tasks of GLUE, as one study: which sharing, at which size?
 
-LoRA, E²LoRA, ShareLoRA-A and E²ShareLoRA, with two controls that share without looking at
-gradients: equal blocks, and a random cut into as many intervals as E²'s. Each system is tried on
-each task, at each base rank, at the same three learning rates around LoRA's, so that none has more
-tries than another. Epochs, warm-up, weight decay, α/r and the batch (there per GPU) follow the
-scripts released with LoRA (Hu et al., 2022). Unlike there, no task starts from an adapter trained
-on MNLI, texts are cut sooner, and a run ends when its validation score rises no more for a while.
+LoRA, E²LoRA, ShareLoRA-A and E²ShareLoRA, with controls that share without looking at gradients:
+equal blocks, and E²'s number of intervals cut evenly or at random. The two sizes are those of
+ShareLoRA-A and of LoRA at rank 8. Each system is tried on each task, at each size, at the same
+three learning rates around LoRA's, so that none has more tries than another. Epochs, warm-up,
+weight decay, α/r and the batch (there per GPU) follow the scripts released with LoRA (Hu et al.,
+2022). Unlike there, no task starts from an adapter trained on MNLI, texts are cut sooner, and a run
+ends when its validation score rises no more for a while.
 
 The study maximises `score`: on each task its official metric (CoLA: Matthews' correlation, STS-B:
-Pearson's, the others: accuracy). Results and verdicts are per task. Beyond the points the sampler
-prefers tasks with high scores, so to try more, add learning rates here.
+Pearson's, the others: accuracy). Results and verdicts are per task. Beyond the quota the sampler
+prefers tasks with high scores, so to try more, add learning rates to the grid.
 """
 
 from __future__ import annotations
 
-from itertools import product
 from typing import Any, NamedTuple
 
 from e2lora.config import (
@@ -23,18 +23,19 @@ from e2lora.config import (
     ModelConfig,
     Objective,
     PlanConfig,
-    Scope,
     Study,
     TrainConfig,
     TrialConfig,
+    cells,
+    suggest_system,
     task_preset,
 )
 
 MODEL = ModelConfig(name="FacebookAI/roberta-base")
 RESOURCES: dict[str, Any] = {}  # of a trial: {"gpus_per_worker": 1, "precision": "bf16"}, say
-RANKS = (4, 8)
+BUDGETS = (159_744, 294_912)
 LEARNING_RATES = (2e-4, 5e-4, 1.25e-3)
-SEEDS = (0,)
+SYSTEMS = ("LoRA", "E²LoRA", "ShareLoRA-A", "E²ShareLoRA", "blocks", "random", "matched")
 
 
 class Recipe(NamedTuple):
@@ -53,29 +54,19 @@ RECIPES = {
     "stsb": Recipe(40, 16, 320),
 }
 TASKS = {name: task_preset(f"glue/{name}") for name in RECIPES}
-SYSTEMS: dict[str, tuple[dict[str, Any], Scope]] = {  # → options of the plan, scope of A
-    "LoRA": ({"topology": "none"}, "interval"),
-    "E²LoRA": ({"topology": "e2"}, "interval"),
-    "ShareLoRA-A": ({"topology": "none"}, "type"),
-    "E²ShareLoRA": ({"topology": "e2"}, "type"),
-    "blocks(2)": ({"topology": "blocks", "block_size": 2}, "interval"),
-    "random": ({"topology": "random", "partition_seed": 0}, "interval"),
-}
 
 
 def space(trial: Any) -> TrialConfig:
-    """One trial: a task, a sharing system, its base rank, and the learning rate."""
+    """One trial: a task, a sharing system, its size, and the learning rate."""
     task = trial.suggest_categorical("task", tuple(TASKS))
-    system = trial.suggest_categorical("system", tuple(SYSTEMS))
-    r = trial.suggest_categorical("r", RANKS)
+    system = suggest_system(trial, SYSTEMS)
+    budget = trial.suggest_categorical("budget", BUDGETS)
     learning_rate = trial.suggest_float("learning_rate", 1e-4, 3e-3, log=True)
-    seed = trial.suggest_categorical("seed", SEEDS)
-    plan, a_scope = SYSTEMS[system]
     return TrialConfig(
         model=MODEL,
         task=TASKS[task],
-        plan=PlanConfig(**plan, r=r, lora_alpha=2.0 * r),
-        adapter=AdapterConfig(target_modules=("query", "value"), a_scope=a_scope),
+        plan=PlanConfig(**system.plan, r=8, lora_alpha=16, target_parameters=budget),
+        adapter=AdapterConfig(target_modules=("query", "value"), **system.adapter),
         training=TrainConfig(
             **RECIPES[task]._asdict(),
             learning_rate=learning_rate,
@@ -84,14 +75,9 @@ def space(trial: Any) -> TrialConfig:
             early_stopping=EarlyStopping(metric="score", direction="maximize", patience=8),
             **RESOURCES,
         ),
-        seed=seed,
     )
 
 
-POINTS = tuple(
-    {"task": task, "system": system, "r": r, "learning_rate": rate, "seed": seed}
-    for seed, rate, r, task, system in product(SEEDS, LEARNING_RATES, RANKS, TASKS, SYSTEMS)
-)
 study = Study(
     space=space,
     models=(MODEL,),
@@ -100,8 +86,7 @@ study = Study(
         Objective(name="score", direction="maximize"),
         Objective(name="adapter_parameters", direction="minimize"),
     ),
-    budgets=RANKS,
-    seeds=SEEDS,
-    points=POINTS,
-    num_trials=len(POINTS),
+    budgets=BUDGETS,
+    cells=cells(SYSTEMS, BUDGETS, task=TASKS),
+    grid={"learning_rate": LEARNING_RATES},
 )

@@ -1,7 +1,7 @@
 """Small real weights, real labelled text, two CPU cores: is it worth sharing, and how?
 
-MiniLM-L6 (6 layers) on sentiment of short texts. Five sharing systems at two base ranks each are
-run first, all at one learning rate that was chosen for plain LoRA; then the sampler goes on.
+MiniLM-L6 (6 layers) on sentiment of short texts. Six ways to share, two controls among them, meet
+at two sizes. Each is tried at the same two learning rates, then the sampler goes on.
 """
 
 from __future__ import annotations
@@ -17,35 +17,26 @@ from e2lora.config import (
     TextClassificationConfig,
     TrainConfig,
     TrialConfig,
+    cells,
+    suggest_system,
 )
 
 MODEL = ModelConfig(name="demo:minilm-l6")
 TASK = TextClassificationConfig(data="demo:vader", validation_size=1000, max_length=64)
-RANKS = (2, 8)
-TOPOLOGIES: dict[str, tuple[Any, int | None]] = {  # system → topology and block size
-    "LoRA": ("none", None),
-    "all-shared": ("all", None),
-    "blocks(2)": ("blocks", 2),
-    "ShareLoRA-A": ("none", None),
-    "E²LoRA": ("e2", None),
-}
-SYSTEMS = tuple(TOPOLOGIES)
+SYSTEMS = ("LoRA", "blocks", "random", "matched", "ShareLoRA-A", "E²LoRA")
+BUDGETS = (18_432, 73_728)  # trainable parameters: LoRA's at r=2 and r=8
 
 
 def space(trial: Any) -> TrialConfig:
-    """One trial: a sharing system, its base rank, and the learning rate."""
-    system = trial.suggest_categorical("system", SYSTEMS)
-    r = trial.suggest_categorical("r", RANKS)
-    learning_rate = trial.suggest_float("learning_rate", 2e-3, 1e-2, log=True)
-    topology, block_size = TOPOLOGIES[system]
+    """One trial: a sharing system, its size, and the learning rate."""
+    system = suggest_system(trial, SYSTEMS)
+    budget = trial.suggest_categorical("budget", BUDGETS)
+    learning_rate = trial.suggest_float("learning_rate", 1e-3, 1e-2, log=True)
     return TrialConfig(
         model=MODEL,
         task=TASK,
-        plan=PlanConfig(topology=topology, block_size=block_size, r=r, lora_alpha=2 * r),
-        adapter=AdapterConfig(
-            target_modules=("query", "value"),
-            a_scope="type" if system == "ShareLoRA-A" else "interval",
-        ),
+        plan=PlanConfig(**system.plan, r=8, lora_alpha=16, target_parameters=budget),
+        adapter=AdapterConfig(target_modules=("query", "value"), **system.adapter),
         training=TrainConfig(
             max_steps=100, learning_rate=learning_rate, warmup_steps=10, eval_every=50
         ),
@@ -60,9 +51,8 @@ study = Study(
         Objective(name="accuracy", direction="maximize"),
         Objective(name="adapter_parameters", direction="minimize"),
     ),
-    budgets=RANKS,
-    points=tuple(
-        {"system": system, "r": r, "learning_rate": 3e-3} for system in SYSTEMS for r in RANKS
-    ),
-    num_trials=13,
+    budgets=BUDGETS,
+    cells=cells(SYSTEMS, BUDGETS),
+    grid={"learning_rate": (2e-3, 5e-3)},
+    num_trials=26,
 )

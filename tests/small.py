@@ -70,7 +70,6 @@ study = Study(
         Objective(name="accuracy", direction="maximize"),
         Objective(name="adapter_parameters", direction="minimize"),
     ),
-    budgets=(2, 4),
     points=({"topology": "none", "r": 4}, {"topology": "e2", "r": 4}, {"topology": "all", "r": 2}),
     num_trials=4,
 )

@@ -17,7 +17,7 @@ from hypothesis.stateful import (
     rule,
 )
 
-from e2lora.broker import Attempt, Broker, Job, Running
+from e2lora.broker import MAX_PASSED_OVER, Attempt, Broker, Job, Running
 from e2lora.config import GroupSpec
 
 SPEC = GroupSpec(
@@ -45,8 +45,8 @@ def broker(clock: Clock) -> Broker:
     return Broker(lease_seconds=LEASE, max_attempts=3, clock=clock)
 
 
-def job(key: str = "study/7", spec: GroupSpec = SPEC) -> Job:
-    return Job(key, "trial", spec, {"folder": f"/somewhere/{key}"})
+def job(key: str = "study/7", spec: GroupSpec = SPEC, affinity: str = "") -> Job:
+    return Job(key, "trial", spec, {"folder": f"/somewhere/{key}"}, affinity)
 
 
 def take(broker: Broker, group: str = "g1", spec: GroupSpec = SPEC) -> Attempt:
@@ -280,6 +280,132 @@ def test_token_that_was_never_given_is_refused(broker: Broker, token: str) -> No
     assert refused_everywhere(broker, token)
 
 
+# ---- jobs that are no longer wanted -----------------------------------------------------------
+
+
+def test_stopped_job_leaves_the_queue_and_is_given_to_nobody(broker: Broker) -> None:
+    broker.submit(job("a"))
+    broker.submit(job("b"))
+    assert broker.stop("a")
+    told = news(broker, "a")
+    assert (told.stopped, told.ended, told.result, told.error) == (True, True, None, None)
+    assert broker.demand() == {SPEC: 1}
+    assert take(broker).job.key == "b"
+
+
+def test_attempt_of_a_stopped_job_is_refused_and_its_group_goes_on_with_the_next(
+    broker: Broker, clock: Clock
+) -> None:
+    broker.submit(job("a"))
+    broker.submit(job("b"))
+    incarnation = broker.join("g1")
+    attempt = broker.next_attempt("g1", incarnation, SPEC)
+    assert isinstance(attempt, Attempt)
+    broker.report(attempt.token, evaluation(3), {}, {})
+    clock.now += 4
+    assert broker.stop("a")
+    assert news(broker, "a").held_seconds == 4
+    assert broker.busy_groups() == {"g1"}, "until it asks for something else"
+    clock.now += 3
+    assert refused_everywhere(broker, attempt.token)
+    assert broker.silences() == {"g1": 0.0}, "it is refused, and alive all the same"
+    after = broker.next_attempt("g1", incarnation, SPEC)
+    assert isinstance(after, Attempt)
+    assert after.job.key == "b"
+    told = news(broker, "a")
+    assert (told.stopped, told.evaluations, told.attempts) == (True, [evaluation(3)], 1)
+
+
+def test_group_of_a_stopped_job_that_dies_or_retires_is_no_longer_busy(broker: Broker) -> None:
+    broker.submit(job("a"))
+    take(broker, "g1")
+    broker.stop("a")
+    broker.join("g1")
+    assert broker.busy_groups() == set()
+
+
+@pytest.mark.parametrize("end", ["complete", "fail", "stop", "lost"])
+def test_job_that_has_ended_is_not_stopped(broker: Broker, end: str) -> None:
+    broker.submit(job())
+    token = take(broker).token
+    if end == "lost":
+        for _ in range(2):
+            take(broker)
+        broker.join("g1")
+    else:
+        {
+            "complete": lambda: broker.complete(token, {}),
+            "fail": lambda: broker.fail(token, "wrong"),
+            "stop": lambda: broker.stop("study/7"),
+        }[end]()
+    before = news(broker)
+    assert before.ended
+    assert not broker.stop("study/7")
+    assert news(broker) == before
+
+
+@pytest.mark.parametrize("kind", ["diverged", "memory", "error"])
+def test_failure_is_told_with_its_kind(broker: Broker, kind: Any) -> None:
+    broker.submit(job())
+    broker.fail(take(broker).token, "why", kind)
+    assert (news(broker).failure, news(broker).error) == (kind, "why")
+
+
+def test_held_seconds_are_those_of_all_attempts(broker: Broker, clock: Clock) -> None:
+    broker.submit(job())
+    clock.now += 7
+    take(broker)
+    clock.now += 2
+    broker.join("g1")
+    clock.now += 5
+    token = take(broker).token
+    clock.now += 3
+    broker.complete(token, {})
+    assert news(broker).held_seconds == 2 + 3
+
+
+# ---- what a group holds already ---------------------------------------------------------------
+
+
+def order(broker: Broker, group: str = "g1") -> list[str]:
+    """Which jobs one group is given, one after another."""
+    incarnation, keys = broker.join(group), []
+    while isinstance(attempt := broker.next_attempt(group, incarnation, SPEC), Attempt):
+        keys.append(attempt.job.key)
+        broker.complete(attempt.token, {})
+    return keys
+
+
+def test_group_is_given_jobs_of_its_model_and_task_then_of_its_model(broker: Broker) -> None:
+    for key, affinity in (("a", "m/x"), ("b", "n/x"), ("c", "m/y"), ("d", "m/x"), ("e", "n/x")):
+        broker.submit(job(key, affinity=affinity))
+    assert order(broker) == ["a", "d", "c", "b", "e"]
+
+
+def test_two_groups_share_jobs_out_by_model(broker: Broker) -> None:
+    incarnations = {group: broker.join(group) for group in ("g1", "g2")}
+    for i in range(10):
+        broker.submit(job(str(i), affinity=("m", "n")[i % 2]))
+    served: dict[str, list[str]] = {"g1": [], "g2": []}
+    for _ in range(5):
+        for group in served:
+            attempt = broker.next_attempt(group, incarnations[group], SPEC)
+            assert isinstance(attempt, Attempt)
+            served[group].append(attempt.job.affinity)
+    assert served == {"g1": ["m"] * 5, "g2": ["n"] * 5}
+
+
+def test_job_is_passed_over_only_so_many_times(broker: Broker) -> None:
+    broker.submit(job("first", affinity="m"))
+    broker.submit(job("other", affinity="n"))
+    later = [f"later-{i}" for i in range(2 * MAX_PASSED_OVER)]
+    for key in later:
+        broker.submit(job(key, affinity="m"))
+    given = order(broker)
+    assert given.index("other") == 1 + MAX_PASSED_OVER
+    assert set(given) == {"first", "other", *later}
+
+
 # ---- evaluations ------------------------------------------------------------------------------
 
 
@@ -343,9 +469,10 @@ def test_group_is_heard_while_it_works_and_when_it_ends_a_long_job() -> None:
 
 # ---- any order of events ----------------------------------------------------------------------
 
-KEYS = ("a", "b", "c/d")
+KEYS = ("a", "b", "c/d", "e")
 GROUPS = ("g1", "g2", "g3")
-SPECS = {"a": SPEC, "b": SPEC, "c/d": WIDE}
+SPECS = {"a": SPEC, "b": SPEC, "c/d": WIDE, "e": SPEC}
+AFFINITIES = {"a": "m/x", "b": "n/x", "c/d": "m/x", "e": "m/y"}
 
 
 class Protocol(RuleBasedStateMachine):
@@ -365,6 +492,8 @@ class Protocol(RuleBasedStateMachine):
         self.steps: dict[str, set[int]] = {}
         self.incarnations: dict[str, int] = {}
         self.retired: set[str] = set()
+        self.last: dict[str, str] = {}  # group → the key it was given last
+        self.leaving: dict[str, str] = {}  # token → group that was not told yet
 
     def lose(self, key: str) -> None:
         del self.held[key]
@@ -374,6 +503,7 @@ class Protocol(RuleBasedStateMachine):
             self.waiting.insert(0, key)
 
     def lose_all_of(self, group: str) -> None:
+        self.leaving = {token: g for token, g in self.leaving.items() if g != group}
         for key in self.submitted:
             if key in self.held and self.held[key][1] == group:
                 self.lose(key)
@@ -388,7 +518,7 @@ class Protocol(RuleBasedStateMachine):
 
     @rule(key=st.sampled_from(KEYS))
     def submit(self, key: str) -> None:
-        self.broker.submit(job(key, SPECS[key]))
+        self.broker.submit(job(key, SPECS[key], AFFINITIES[key]))
         if key not in self.submitted:
             self.submitted.append(key)
             self.waiting.append(key)
@@ -418,12 +548,36 @@ class Protocol(RuleBasedStateMachine):
             assert answer is None
         else:
             assert isinstance(answer, Attempt)
-            assert answer.job.key == fitting[0], "first come, first served; lost ones before"
-            self.waiting.remove(fitting[0])
-            self.attempts[fitting[0]] += 1
-            self.held[fitting[0]] = (answer.token, group, self.clock.now + LEASE)
+            given = self.best_of(fitting, self.last.get(group))
+            assert answer.job.key == given, "like the last; else first come, lost ones before"
+            self.last[group] = given
+            self.waiting.remove(given)
+            self.attempts[given] += 1
+            self.held[given] = (answer.token, group, self.clock.now + LEASE)
             return answer.token
         return multiple()
+
+    @staticmethod
+    def best_of(fitting: list[str], last: str | None) -> str:
+        if last is None:
+            return fitting[0]
+        same = [key for key in fitting if AFFINITIES[key] == AFFINITIES[last]]
+        model = [key for key in fitting if AFFINITIES[key][0] == AFFINITIES[last][0]]
+        return [*same, *model, *fitting][0]
+
+    @rule(key=st.sampled_from(KEYS))
+    def stop(self, key: str) -> None:
+        if key not in self.submitted:
+            return
+        assert self.broker.stop(key) == (key not in self.ended)
+        if key in self.ended:
+            return
+        if key in self.held:
+            token, group, _ = self.held.pop(key)
+            self.leaving[token] = group
+        else:
+            self.waiting.remove(key)
+        self.ended[key] = "stopped"
 
     @rule(token=tokens, step=st.one_of(st.none(), st.integers(0, 9)))
     def alive(self, token: str, step: int | None) -> None:
@@ -449,7 +603,7 @@ class Protocol(RuleBasedStateMachine):
     @rule(token=consumes(tokens))
     def fail(self, token: str) -> None:
         key = self.accepted(token)
-        assert self.broker.fail(token, f"error of {token}") == (key is not None)
+        assert self.broker.fail(token, f"error of {token}", "diverged") == (key is not None)
         if key is not None:
             del self.held[key]
             self.ended[key] = "failed"
@@ -495,8 +649,11 @@ class Protocol(RuleBasedStateMachine):
             assert update.attempts == self.attempts[key] <= 2
             assert (update.result is not None) == (how == "complete")
             assert (update.error is not None) == (how in ("failed", "lost"))
+            assert update.stopped == (how == "stopped")
+            assert update.failure == {"failed": "diverged", "lost": "lost"}.get(how or "")
         if self.submitted:
-            assert self.broker.busy_groups() == {group for _, group, _ in self.held.values()}
+            holding = {group for _, group, _ in self.held.values()}
+            assert self.broker.busy_groups() == holding | set(self.leaving.values())
 
 
 Protocol.TestCase.settings = settings(

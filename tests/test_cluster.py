@@ -31,6 +31,40 @@ def test_groups_are_counted_by_what_each_node_can_hold() -> None:
     assert checks.slots(spec.model_copy(update={"cpus_per_worker": 2, "num_workers": 1})) == 1
 
 
+def test_what_is_wanted_waits_as_placement_groups_and_is_taken_back() -> None:
+    one = GroupSpec.of(small_trial().training)
+    wide = one.model_copy(update={"cpus_per_worker": 8, "num_workers": 2})
+
+    def states() -> list[tuple[str, int]]:
+        there = ray.util.placement_group_table().values()
+        told = [(group["state"], len(group["bundles"])) for group in there]
+        return [each for each in told if each[0] != "REMOVED"]
+
+    wanted = checks.Wanted()
+    wanted.update({wide: 2})
+    wanted.update({wide: 2})
+    assert states() == [("PENDING", 2)] * 2, "each once, however often it is said"
+    wanted.update({wide: 1})
+    assert states() == [("PENDING", 2)]
+    wanted.update({})
+    assert states() == []
+
+
+def test_what_is_wanted_gives_room_back_that_it_finds() -> None:
+    one = GroupSpec.of(small_trial().training)
+    wanted = checks.Wanted()
+    wanted.update({one: 1})
+    (waiting,) = (group for _, group in wanted._waiting)
+    assert waiting.wait(30)
+    wanted.update({one: 1})
+    assert all(group.id != waiting.id for _, group in wanted._waiting)
+    wanted.update({})
+
+
+def test_cluster_of_fixed_nodes_does_not_grow() -> None:
+    assert not checks.may_grow_for(GroupSpec.of(small_trial().training))
+
+
 def test_storage_that_all_nodes_see_is_accepted_and_left_as_it_was(tmp_path: Path) -> None:
     storage = tmp_path / "new" / "storage"
     checks.require_shared_storage(storage)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,17 +20,21 @@ from e2lora.pool import JobFailed
 from e2lora.preflight import Plans
 from e2lora.records import StudyFolder, StudyRecord, TrialResult, write_json
 from e2lora.report import render_report
-from e2lora.search.ledger import ChangedSpace, LedgerSearch
-from e2lora.search.plans import checked_configurations
+from e2lora.search.ledger import MOST_ANSWERED, LedgerSearch
+from e2lora.search.plans import checked_configurations, require_sound
+from e2lora.search.unchanged import ChangedSpace, require_same_space
 from e2lora.tracking import Tracker
 from tests.small import small_trial, study
 
 
 def space(trial: Any) -> TrialConfig:
-    return small_trial(trial.suggest_categorical("topology", ("none", "all")))
+    topology = trial.suggest_categorical("topology", ("none", "all"))
+    rate = trial.suggest_float("learning_rate", 1e-4, 1e-2, log=True)
+    return small_trial(topology, learning_rate=rate)
 
 
-STUDY = replace(study, space=space, points=({"topology": "all"},), num_trials=3)
+POINT = {"topology": "all", "learning_rate": 1e-3}
+STUDY = replace(study, space=space, points=(POINT,), num_trials=3)
 
 
 class Crash(Exception):
@@ -49,23 +55,29 @@ def folder(tmp_path: Path) -> StudyFolder:
 
 
 def searcher(
-    folder: StudyFolder, plans: Plans, num_trials: int = 3, study: Study = STUDY
+    folder: StudyFolder,
+    plans: Plans,
+    num_trials: int | None = 3,
+    study: Study = STUDY,
+    **options: Any,
 ) -> LedgerSearch:
     def run(job: Any) -> None:
         raise JobFailed("the profile could not be measured")
 
     pool: Any = SimpleNamespace(broker_name="broker", run=run)
-    return LedgerSearch(study, folder, plans, pool, num_trials)
+    return LedgerSearch(
+        study, folder, plans, pool, num_trials, **{"open_slots": lambda: 9, **options}
+    )
 
 
 def states(search: LedgerSearch) -> list[TrialState]:
     return [trial.state for trial in search._ledger.get_trials() if trial.state.value != 4]
 
 
-def finish(folder: StudyFolder, number: int, accuracy: float) -> None:
+def finish(folder: StudyFolder, number: int, accuracy: float, state: Any = "complete") -> None:
     result = TrialResult(
         number=number,
-        state="complete",
+        state=state,
         metrics={"accuracy": accuracy},
         adapter_parameters=10,
         head_parameters=2,
@@ -159,9 +171,19 @@ def test_space_that_changed_since_is_refused_with_the_difference(
     folder: StudyFolder, plans: Plans
 ) -> None:
     searcher(folder, plans).suggest("a")
-    changed = replace(STUDY, space=lambda trial: small_trial("all", max_steps=9))
+
+    def longer(trial: Any) -> TrialConfig:
+        config = space(trial)
+        training = config.training.model_copy(update={"max_steps": 9})
+        return config.model_copy(update={"training": training})
+
+    changed = replace(STUDY, space=longer)
     with pytest.raises(ChangedSpace, match=r"training.max_steps: was '6', is '9'"):
         searcher(folder, plans, study=changed).suggest("a")
+    finish(folder, 0, 0.5)  # and so it is when every trial has ended
+    with pytest.raises(ChangedSpace, match=r"trial 0 differs in training.max_steps: was '6'"):
+        require_same_space(changed, folder)
+    require_same_space(STUDY, folder)
 
 
 def test_space_that_offers_other_choices_since_is_refused_and_fails_no_trial(
@@ -184,7 +206,7 @@ def test_resumed_sampler_does_not_repeat_itself(folder: StudyFolder, plans: Plan
         return small_trial("none", learning_rate=rate)
 
     wide_study = replace(STUDY, space=wide, points=())
-    chosen = []
+    chosen: list[float] = []
     for number in range(3):
         search = searcher(folder, plans, num_trials=number + 1, study=wide_study)
         search.suggest(f"trial {number}")
@@ -229,7 +251,7 @@ def test_trials_that_cannot_be_trained_are_told_by_report_and_tracking(
         models=STUDY.models,
         tasks=STUDY.tasks,
         objectives=STUDY.objectives,
-        budgets=(4,),
+        budgets=(),
         seeds=(0,),
     )
     write_json(folder.record_file, record)
@@ -260,9 +282,182 @@ def test_point_that_cannot_be_trained_ends_the_study_and_a_draw_is_only_told(
     assert all(config.plan.topology == "all" for config in configs)
     note = capsys.readouterr().out
     assert f"note: {refused} of 4 configurations drawn" in note
-    assert "can't be trained. (drawn {'topology': 'none'})" in note
-    with pytest.raises(ValueError, match=r"can't be trained\. \(point \{'topology': 'none'\}\)"):
-        checked_configurations(replace(STUDY, points=({"topology": "none"},)), plans)
+    assert "can't be trained. (drawn {'topology': 'none', 'learning_rate'" in note
+    refused_point = {"topology": "none", "learning_rate": 1e-3}
+    with pytest.raises(ValueError, match=r"can't be trained\. \(point \{'topology': 'none'"):
+        checked_configurations(replace(STUDY, points=(refused_point,)), plans)
     only = replace(STUDY, points=(), space=lambda trial: small_trial("none"))
     with pytest.raises(ValueError, match=r"drawn"):
         checked_configurations(only, plans)
+
+
+# ---- the order of trials -------------------------------------------------------------------------
+
+
+def fair(trial: Any) -> TrialConfig:
+    topology = trial.suggest_categorical("topology", ("none", "all"))
+    budget = trial.suggest_categorical("budget", (9_216, 18_432))
+    rate = trial.suggest_float("learning_rate", 1e-4, 1e-2, log=True)
+    config = small_trial(topology, learning_rate=rate)
+    plan = config.plan.model_copy(update={"target_parameters": budget})
+    return config.model_copy(update={"plan": plan})
+
+
+FAIR = replace(
+    STUDY,
+    space=fair,
+    budgets=(9_216, 18_432),
+    cells=tuple({"topology": t, "budget": b} for b in (9_216, 18_432) for t in ("none", "all")),
+    grid={"learning_rate": (1e-3, 3e-3)},
+    points=({"topology": "all", "budget": 9_216, "learning_rate": 5e-4},),
+    num_trials=11,
+)
+
+
+def test_quota_of_every_cell_comes_before_points_and_these_before_the_sampler(
+    folder: StudyFolder, plans: Plans
+) -> None:
+    search = searcher(folder, plans, 11, FAIR, open_slots=lambda: 99)
+    numbers = [search.suggest(str(n))["trial"] for n in range(11)]
+    origins = [folder.trial(number).suggestion().origin for number in numbers]
+    assert origins == ["quota"] * 8 + ["point"] + ["sampler"] * 2
+    rates = [folder.trial(n).config().training.learning_rate for n in numbers[:8]]
+    assert rates == [1e-3] * 4 + [3e-3] * 4, "all cells at one rate before any at the next"
+
+
+def test_rank_of_each_system_is_the_one_that_comes_nearest_to_its_budget(
+    folder: StudyFolder, plans: Plans
+) -> None:
+    search = searcher(folder, plans, 4, FAIR)
+    for n in range(4):
+        told = search.suggest(str(n))
+        config = folder.trial(told["trial"]).config()
+        # MiniLM: 6 layers, query and value of 384 x 384
+        per_rank = 9_216 if config.plan.topology == "none" else 1_536
+        assert config.plan.r == config.plan.target_parameters // per_rank
+        assert told["adapter_parameters"] == config.plan.target_parameters
+        assert config.plan.lora_alpha == 2.0 * config.plan.r, "the scale stays"
+        assert folder.trial(told["trial"]).plan().options == config.plan
+
+
+def test_resumed_trial_has_the_rank_it_had(folder: StudyFolder, plans: Plans) -> None:
+    searcher(folder, plans, 11, FAIR).suggest("a")
+    before = folder.trial(0).config()
+    assert searcher(folder, plans, 11, FAIR).suggest("a")["trial"] == 0
+    assert folder.trial(0).config() == before
+    require_same_space(FAIR, folder)
+
+
+def test_no_more_trials_are_open_than_groups_can_run(folder: StudyFolder, plans: Plans) -> None:
+    slots = 1
+    search = searcher(folder, plans, open_slots=lambda: slots)
+    assert search.suggest("a")["trial"] == 0
+    assert search.suggest("b") is None
+    slots = 2  # a node came
+    assert search.suggest("b")["trial"] == 1
+    finish(folder, 0, 0.5)
+    search.on_trial_complete("a", None)
+    assert search.suggest("c")["trial"] == 2
+
+
+def test_no_trial_begins_when_the_hours_are_over(folder: StudyFolder, plans: Plans) -> None:
+    over = False
+    search = searcher(folder, plans, is_over=lambda: over)
+    search.suggest("a")
+    over = True
+    assert search.suggest("b") == Searcher.FINISHED
+    assert search.num_open == 3
+
+
+# ---- what needs no training ----------------------------------------------------------------------
+
+
+def test_suggestion_over_the_limit_is_answered_and_costs_no_trial(
+    folder: StudyFolder, plans: Plans
+) -> None:
+    limited = replace(FAIR, max_parameters=10_000, num_trials=5)
+    search = searcher(folder, plans, 5, limited)
+    started = [search.suggest(str(n))["trial"] for n in range(5)]
+    assert {folder.trial(n).config().plan.target_parameters for n in started} == {9_216}
+    told = json.loads(folder.answered_file.read_text())
+    assert {answer["params"]["budget"] for answer in told} == {18_432}
+    assert "18,432 adapter parameters exceed the limit of 10,000" in told[0]["reason"]
+    numbers = {answer["number"] for answer in told}
+    assert not any(folder.trial(n).path.exists() for n in numbers)
+    assert {search._ledger.trials[n].state for n in numbers} == {TrialState.PRUNED}
+    assert searcher(folder, plans, 5, limited).num_suggestions == 5, "those that run, and no more"
+
+
+def test_repeated_suggestion_has_the_result_of_the_trial_that_it_repeats(
+    folder: StudyFolder, plans: Plans
+) -> None:
+    """Its original has ended, or goes on, or went on when the driver was killed."""
+
+    def repeats(trial: Any) -> TrialConfig:
+        trial.suggest_int("says nothing", 0, 9)
+        return small_trial("all")
+
+    points = tuple({"says nothing": n} for n in range(3))
+    repeated = replace(STUDY, space=repeats, points=points)
+    search = searcher(folder, plans, 2, repeated)
+    assert search.suggest("a")["trial"] == 0
+    assert search.suggest("b") == Searcher.FINISHED, "nothing else is to be had"
+    assert search.is_exhausted
+    assert states(search)[:3] == [TrialState.RUNNING] * 3
+    resumed = searcher(folder, plans, 2, repeated)
+    assert resumed.suggest("a")["trial"] == 0
+    finish(folder, 0, 0.75)
+    resumed.on_trial_complete("a", None)
+    assert all(trial.values == [0.75, 10.0] for trial in resumed._ledger.trials)
+    assert len(resumed._ledger.trials) == 1 + MOST_ANSWERED
+    assert [trial.number for trial in folder.trial_folders()] == [0]
+
+
+def test_grid_tries_every_combination_once_and_ends(folder: StudyFolder, plans: Plans) -> None:
+    def finite(trial: Any) -> TrialConfig:
+        topology = trial.suggest_categorical("topology", ("none", "all"))
+        return small_trial(topology, trial.suggest_int("r", 1, 2))
+
+    study = replace(STUDY, space=finite, points=({"topology": "all", "r": 2},), sampler="grid")
+    search = searcher(folder, plans, 20, study)
+    while (told := search.suggest(str(len(folder.trial_folders())))) != Searcher.FINISHED:
+        number = told["trial"]
+        finish(folder, number, 0.5)
+        search.on_trial_complete(str(len(folder.trial_folders()) - 1), None)
+    configs = [trial.config() for trial in folder.trial_folders()]
+    assert {(c.plan.topology, c.plan.r) for c in configs} == {
+        *(("none", 1), ("none", 2), ("all", 1), ("all", 2))
+    }
+    assert len(configs) == 4
+    assert search.num_open == 0, "no more trials than there are combinations"
+    with pytest.raises(ValueError, match="every number that it suggests needs a step"):
+        require_sound(replace(STUDY, sampler="grid"))
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "gp", "random"])
+def test_every_sampler_goes_on_where_failed_stopped_and_answered_trials_are(
+    sampler: str, folder: StudyFolder, plans: Plans
+) -> None:
+    study = replace(FAIR, sampler=sampler, points=(), max_parameters=10_000)
+    search = searcher(folder, plans, 16, study)
+    for n in range(16):
+        told = search.suggest(str(n))
+        state = ("complete", "stopped", "failed")[n % 3]
+        finish(folder, told["trial"], 0.5 + n / 100, state)
+        search.on_trial_complete(str(n), None)
+    counts = Counter(trial.state for trial in search._of_study())
+    assert [counts[state] for state in (TrialState.COMPLETE, TrialState.PRUNED)] == [6, 5]
+    assert counts[TrialState.FAIL] == 5
+    assert all(t.values is None for t in search._of_study() if t.state != TrialState.COMPLETE)
+
+
+def test_ledger_may_be_a_database_that_studies_share(plans: Plans, tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'ledger.db'}"
+    one, other = (StudyFolder(tmp_path / name, "study") for name in ("a", "b"))
+    searcher(one, plans, storage=url).suggest("a")
+    assert searcher(other, plans, storage=url).suggest("a")["trial"] == 0, "each has its own"
+    resumed = searcher(one, plans, storage=url)
+    assert [resumed.suggest(name)["trial"] for name in "ab"] == [0, 1]
+    assert not one.journal.exists()
+    with pytest.raises(ValueError, match="a database that Optuna can use"):
+        searcher(one, plans, storage="nosql://nowhere")

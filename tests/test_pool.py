@@ -68,10 +68,51 @@ def test_group_that_can_not_start_is_an_error_and_not_a_wait(tmp_path: Path) -> 
         pytest.raises(RuntimeError, match="must come up within 2 s"),
     ):
         pool.run(job)
-    ray.kill(squatter)
-    for group in pool._groups.values():  # what it waited for comes, and it finds the pool closed
+    for group in pool._groups.values():  # it waits no longer for what it didn't get
         group.thread.join(120)
         assert not group.thread.is_alive()
+    ray.kill(squatter)
+    require_all_free(2)
+
+
+def require_all_free(num_cpus: int, timeout: float = 20) -> None:
+    """What a pool held or had asked for is given back."""
+    deadline = time.monotonic() + timeout
+    while True:
+        states = {group["state"] for group in ray.util.placement_group_table().values()}
+        free = ray.available_resources().get("CPU", 0)
+        if states <= {"REMOVED"} and free == num_cpus:
+            return
+        assert time.monotonic() < deadline, (states, free)
+        time.sleep(0.2)
+
+
+def test_slots_are_those_of_the_kind_that_most_fit_of(tmp_path: Path) -> None:
+    pool = Pool("slots", tmp_path)
+    assert (pool.open_slots([ONE]), pool.open_slots([TWO]), pool.open_slots([TWO, ONE])) == (
+        2,
+        1,
+        2,
+    )
+    assert pool.open_slots([]) == 0
+    ray.kill(pool.broker)
+
+
+def test_kind_that_there_are_no_nodes_for_is_told_of_and_in_the_end_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    three = TWO.model_copy(update={"num_workers": 3})
+    job = Job("trial-00000", "trial", three, {"folder": str(tmp_path / "00000")})
+    began = time.monotonic()
+    with (
+        Pool("lacking", tmp_path, node_seconds=1) as pool,
+        pytest.raises(RuntimeError, match=r"asks for 3 worker.*for 1 s its nodes have not had"),
+    ):
+        pool.run(job)
+    assert time.monotonic() - began < 30
+    assert "waiting for nodes: one asks for 3 worker(s) of 1 CPU" in capsys.readouterr().err
+    assert pool._groups == {}
+    require_all_free(2)
 
 
 @pytest.mark.slow
@@ -102,6 +143,7 @@ def test_kinds_follow_one_another_and_a_failed_job_leaves_its_group_usable(
             time.sleep(0.2)
         for thread in threads:
             thread.join(240)
+    require_all_free(2)
     one, failed, again, two = (ended[job.key] for job in jobs)
     assert isinstance(failed, str)
     assert "plan.json" in failed

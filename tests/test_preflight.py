@@ -14,7 +14,7 @@ import ray
 from filelock import FileLock
 
 from e2lora.config import CalibrationConfig, Objective, Study, TrialConfig
-from e2lora.search.entry import run_command
+from e2lora.search.entry import Words, search_command
 from tests.small import small_trial, study
 
 
@@ -23,6 +23,10 @@ def two_cpus() -> Iterator[None]:
     ray.init(address="local", num_cpus=2, log_to_driver=False, include_dashboard=False)
     yield
     ray.shutdown()
+
+
+def run_command(space: str, storage: Path, name: str | None = None) -> int:
+    return search_command(Words(space=space, storage=storage, study=name))
 
 
 def with_part(config: TrialConfig, part: str, **options: Any) -> TrialConfig:
@@ -133,7 +137,7 @@ def test_fault_is_refused_before_training(
     inputs.mkdir()
     space.study = study_of(lambda: make(inputs))  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "faulty_space", space)
-    code = run_command("faulty_space", None, tmp_path, "faulty", isolated=False)
+    code = run_command("faulty_space", tmp_path, "faulty")
     said = capsys.readouterr().err
     assert code == 2
     assert said.startswith("error: ")
@@ -153,7 +157,7 @@ def test_fault_is_refused_before_training(
 def test_unknown_space_is_refused(
     space: str, named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_command(space, None, tmp_path, None, isolated=False) == 2
+    assert run_command(space, tmp_path) == 2
     assert named in capsys.readouterr().err
 
 
@@ -171,7 +175,7 @@ def test_objective_that_no_task_reports_is_refused(
         points=study.points if with_points else (),
     )
     monkeypatch.setitem(sys.modules, "faulty_space", space)
-    assert run_command("faulty_space", None, tmp_path, None, isolated=False) == 2
+    assert run_command("faulty_space", tmp_path) == 2
     assert "'recall'" in capsys.readouterr().err
 
 
@@ -179,7 +183,7 @@ def test_objective_that_no_task_reports_is_refused(
 def test_study_name_that_is_no_name_is_refused(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_command("tests.small", None, tmp_path, name or "/", isolated=False) == 2
+    assert run_command("tests.small", tmp_path, name or "/") == 2
     assert "--study" in capsys.readouterr().err
 
 
@@ -187,7 +191,7 @@ def test_tracking_server_that_does_not_answer_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    assert run_command("tests.small", None, tmp_path, None, isolated=False) == 2
+    assert run_command("tests.small", tmp_path) == 2
     assert "127.0.0.1:9" in capsys.readouterr().err
 
 
@@ -196,7 +200,7 @@ def test_study_that_another_process_runs_is_refused(
 ) -> None:
     (tmp_path / "held").mkdir()
     with FileLock(tmp_path / "held" / ".lock"):
-        assert run_command("tests.small", None, tmp_path, "held", isolated=False) == 2
+        assert run_command("tests.small", tmp_path, "held") == 2
     assert "one process at a time" in capsys.readouterr().err
 
 
@@ -204,6 +208,6 @@ def test_study_of_another_space_is_not_continued(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # never gets to training
-    run_command("tests.small", None, tmp_path, "one", isolated=False)
-    assert run_command("search_spaces.quickstart", None, tmp_path, "one", isolated=False) == 2
+    run_command("tests.small", tmp_path, "one")
+    assert run_command("search_spaces.quickstart", tmp_path, "one") == 2
     assert "another --study name" in capsys.readouterr().err

@@ -17,20 +17,21 @@ from typing import Any
 import pytest
 import torch
 
-from e2lora.broker import Attempt, Broker, Job, Update
+from e2lora import resident as resident_room
+from e2lora.broker import Attempt, Broker, Job, Update, affinity_of
 from e2lora.config import AdapterConfig, GroupSpec, PlanConfig, TrialConfig
 from e2lora.models import load_structure
 from e2lora.partitioned import bytes_held
 from e2lora.plan import build_plan
 from e2lora.recording import record
-from e2lora.records import Evaluation, TrialFolder, write_json
+from e2lora.records import Evaluation, TrialFolder, TrialResult, write_json
 from e2lora.resident import Resident
 from e2lora.targets import find_targets
 from e2lora.tasks import load_task
 from e2lora.training import Reports, TrialStopped, run_trial
 from e2lora.training.health import OutOfMemory
 from e2lora.weights import own_weights, wrapped_modules
-from e2lora.worker import Link, serve
+from e2lora.worker import Link, failure_of, serve
 from tests.conftest import ROOT
 from tests.kinds import made_up_profile
 from tests.small import MODEL, small_trial
@@ -133,7 +134,7 @@ class Here:
 
     def on_alive(self, token: str, step: int | None = None, *measured: Any) -> bool:
         if token.startswith(f"trial-{STOPPED:05d}") and step:
-            self.broker.fail(token, "stopped")
+            self.broker.stop(token.rpartition("/")[0])
         return self.broker.alive(token, step, *measured)
 
 
@@ -174,7 +175,13 @@ def work(folder: Path, numbers: Sequence[int], out: Path) -> None:
         found = here.broker.update(job.key, 0)
         assert found is not None
         kept = {name: found[1].history.get(name) for name in ("loss", "grad_norm")}
-        told[number] = {"error": found[1].error, "evaluations": found[1].evaluations, **kept}
+        how = "stopped" if found[1].stopped else found[1].failure
+        told[number] = {
+            "error": found[1].error,
+            "how": how,
+            "evaluations": found[1].evaluations,
+            **kept,
+        }
     out.write_text(json.dumps({"trials": told, "memory": here.memory}))
 
 
@@ -201,7 +208,12 @@ def test_fifty_trials_in_one_process_end_as_each_of_them_must(
     _, told = stressed
     errors = {int(number): trial["error"] for number, trial in told["trials"].items()}
     assert len(errors) == NUM_TRIALS
-    assert errors.pop(STOPPED) == "stopped"
+    ends = {int(number): trial["how"] for number, trial in told["trials"].items()}
+    assert {number: how for number, how in ends.items() if how} == {
+        BROKEN: "error",
+        TOO_LARGE: "memory",
+        STOPPED: "stopped",
+    }
     assert "must fit the worker's memory" in errors.pop(TOO_LARGE)
     assert "layer.3." in errors.pop(BROKEN)
     assert set(errors.values()) == {None}
@@ -260,6 +272,29 @@ def test_bases_stay_within_a_bound_and_the_one_used_longest_ago_goes_first() -> 
     assert load(resident, SHALLOW) is second
     assert load(resident, MODEL) is third
     assert load(resident, ONE_LAYER) is not first
+
+
+@pytest.mark.parametrize(("named", "num_loads"), [(True, 2), (False, 6)])
+def test_trials_of_one_model_are_kept_together_so_that_it_is_loaded_once(
+    named: bool, num_loads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trials of two models come in turn, and a worker has room for one of them."""
+    loads = []
+    load_base = resident_room.load_base
+    monkeypatch.setattr(
+        resident_room, "load_base", lambda *a, **k: loads.append(a[0]) or load_base(*a, **k)
+    )
+    spec, broker = GroupSpec.of(small_trial().training), Broker()
+    for number in range(6):
+        config = small_trial().model_copy(update={"model": (ONE_LAYER, SHALLOW)[number % 2]})
+        payload = {"config": config.model_dump_json()}
+        affinity = affinity_of(config) if named else ""
+        broker.submit(Job(str(number), "trial", spec, payload, affinity))
+    resident, incarnation = Resident(spec, CPU, kept_bytes=0), broker.join("g")
+    while isinstance(attempt := broker.next_attempt("g", incarnation, spec), Attempt):
+        resident.load(TrialConfig.model_validate_json(attempt.job.payload["config"]))
+        broker.complete(attempt.token, {})
+    assert len(loads) == num_loads
 
 
 def test_without_room_for_others_only_the_base_in_use_stays() -> None:
@@ -409,6 +444,52 @@ def test_what_is_measured_stands_in_the_folder_as_strict_json(tmp_path: Path) ->
     assert steps["loss"] == history["loss"]
     assert math.isnan(steps["grad_norm"][0])
     assert steps["grad_norm"][1] == 2.0
+
+
+def recorded(folder: Path, update: Update, adapter_parameters: int = 0) -> TrialResult:
+    record(TrialFolder(folder), 3, update, adapter_parameters)
+    result = TrialFolder(folder).result()
+    assert result is not None
+    return result
+
+
+def test_stopped_trial_is_recorded_with_its_last_evaluation_and_its_parameters(
+    tmp_path: Path,
+) -> None:
+    seen = [{"step": step, "metrics": {"accuracy": step / 10}} for step in (2, 4)]
+    update = Update(seen, {}, {}, None, None, 2, stopped=True, held_seconds=9.0)
+    result = recorded(tmp_path, update, adapter_parameters=768)
+    assert (result.state, result.failure, result.error) == ("stopped", None, None)
+    assert (result.metrics, result.adapter_parameters) == ({"accuracy": 0.4}, 768)
+    assert (result.attempts, result.seconds) == (2, 9.0)
+    waiting = recorded(tmp_path / "waiting", Update([], {}, {}, None, None, 0, stopped=True))
+    assert (waiting.state, waiting.metrics) == ("stopped", {})
+
+
+def test_failed_trial_is_recorded_with_the_kind_of_its_failure_and_no_metrics(
+    tmp_path: Path,
+) -> None:
+    seen = [{"step": 2, "metrics": {"accuracy": 0.5}}]
+    update = Update(seen, {}, {}, None, "the loss must stay finite", 1, "diverged")
+    result = recorded(tmp_path, update)
+    assert (result.state, result.failure, result.metrics) == ("failed", "diverged", {})
+    assert result.error == "the loss must stay finite"
+
+
+FAILURES: dict[str, tuple[Exception, str]] = {
+    "a loss that isn't finite": (FloatingPointError("nan"), "diverged"),
+    "a step that does not fit": (OutOfMemory("too large"), "memory"),
+    "a model that does not fit": (torch.OutOfMemoryError("tried to allocate"), "memory"),
+    "data that isn't there": (FileNotFoundError("plan.json"), "error"),
+    "a wrong plan": (ValueError("wrong"), "error"),
+    "a bug": (KeyError("bug"), "error"),
+}
+
+
+@pytest.mark.parametrize("what", FAILURES)
+def test_worker_tells_failures_apart(what: str) -> None:
+    error, kind = FAILURES[what]
+    assert failure_of(error) == kind
 
 
 if __name__ == "__main__":

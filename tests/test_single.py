@@ -34,6 +34,7 @@ from tests.small import small_trial
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICKSTART = "search_spaces.quickstart"
+SMALL, LARGE = quickstart.BUDGETS
 
 
 # ---- words → configuration --------------------------------------------------------------------
@@ -44,7 +45,7 @@ def chosen(*words: str, space: str = QUICKSTART) -> TrialConfig:
 
 
 def test_no_words_are_the_first_point() -> None:
-    assert chosen() == quickstart.space(Suggesting(system="LoRA", r=2, learning_rate=3e-3))
+    assert chosen() == quickstart.space(Suggesting(system="LoRA", budget=SMALL, learning_rate=2e-3))
 
 
 class Suggesting:
@@ -63,9 +64,12 @@ class Suggesting:
 @pytest.mark.parametrize(
     ("words", "suggestions"),
     [
-        (["system=E²LoRA"], {"system": "E²LoRA", "r": 2, "learning_rate": 3e-3}),
-        (["system=E²LoRA", "r=8"], {"system": "E²LoRA", "r": 8, "learning_rate": 3e-3}),
-        (["learning_rate=0.005"], {"system": "LoRA", "r": 2, "learning_rate": 5e-3}),
+        (["system=E²LoRA"], {"system": "E²LoRA", "budget": SMALL, "learning_rate": 2e-3}),
+        (
+            ["system=E²LoRA", f"budget={LARGE}"],
+            {"system": "E²LoRA", "budget": LARGE, "learning_rate": 2e-3},
+        ),
+        (["learning_rate=0.005"], {"system": "LoRA", "budget": SMALL, "learning_rate": 5e-3}),
     ],
 )
 def test_what_is_not_given_is_as_in_the_first_point_that_agrees(
@@ -76,7 +80,7 @@ def test_what_is_not_given_is_as_in_the_first_point_that_agrees(
 
 def test_words_with_a_dot_set_fields_of_the_configuration() -> None:
     config = chosen(
-        "r=8",
+        "plan.r=4",
         "training.num_epochs=3",
         "training.num_workers=4",
         "plan.lora_alpha=8.0",
@@ -92,7 +96,8 @@ def test_words_with_a_dot_set_fields_of_the_configuration() -> None:
     assert training.early_stopping is not None
     assert training.early_stopping.patience == 2
     assert training.deepspeed == {"zero_optimization": {"overlap_comm": False}}
-    assert (config.plan.r, config.plan.lora_alpha, config.seed) == (8, 8.0, 7)
+    assert (config.plan.r, config.plan.lora_alpha, config.seed) == (4, 8.0, 7)
+    assert config.plan.target_parameters is None, "a rank that is said follows from no budget"
     assert config.model.config_overrides == {"hidden_dropout_prob": 0.0}
     assert config.task.data == "some/where"
 
@@ -106,11 +111,14 @@ def test_warmup_ratio_takes_the_place_of_steps_and_both_together_are_refused() -
 @pytest.mark.parametrize(
     ("word", "said"),
     [
-        ("topology=e2", ["topology=e2", "system: LoRA, all-shared", "r: 2, 8", "0.002 to 0.01"]),
+        (
+            "topology=e2",
+            ["topology=e2", "system: LoRA, blocks", "budget: 18432, 73728", "0.001 to"],
+        ),
         ("system=DoRA", ["offers for system", "ShareLoRA-A, E²LoRA", "got DoRA"]),
-        ("r=3", ["offers for r: 2, 8", "got 3"]),
-        ("learning_rate=0.5", ["learning_rate: 0.002 to 0.01", "got 0.5"]),
-        ("learning_rate=high", ["learning_rate: 0.002 to 0.01", "got high"]),
+        ("budget=3", ["offers for budget: 18432, 73728", "got 3"]),
+        ("learning_rate=0.5", ["learning_rate: 0.001 to 0.01", "got 0.5"]),
+        ("learning_rate=high", ["learning_rate: 0.001 to 0.01", "got high"]),
         ("training.steps=9", ["training has no 'steps'", "max_steps, num_epochs"]),
         ("optimizer.name=sgd", ["no 'optimizer'", "model, task, adapter, plan, training, seed"]),
         ("training.max_steps.x=9", ["training.max_steps is a value of its own"]),
@@ -131,10 +139,11 @@ def test_word_that_means_nothing_is_refused_with_what_there_is(
 
 
 def test_space_without_points_wants_every_suggestion(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quickstart, "study", replace(quickstart.study, points=()))
-    with pytest.raises(ValueError, match=r"learning_rate \(0.002 to 0.01\) is in neither"):
-        chosen("system=LoRA", "r=2")
-    assert chosen("system=LoRA", "r=2", "learning_rate=0.002").plan.r == 2
+    monkeypatch.setattr(quickstart, "study", replace(quickstart.study, cells=(), grid={}))
+    with pytest.raises(ValueError, match=r"learning_rate \(0.001 to 0.01\) is in neither"):
+        chosen("system=LoRA", f"budget={SMALL}")
+    config = chosen("system=LoRA", f"budget={SMALL}", "learning_rate=0.002")
+    assert config.plan.target_parameters == SMALL
 
 
 # ---- recorded trials and studies --------------------------------------------------------------

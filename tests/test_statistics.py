@@ -5,13 +5,25 @@ from __future__ import annotations
 import math
 from itertools import product
 from math import comb
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
+from scipy import stats
 
-from e2lora.statistics import holm, paired_test, pareto_front, proportion_interval
+from e2lora.crossed import CrossedVariance
+from e2lora.statistics import (
+    holm,
+    mean_and_sd,
+    paired_over_seeds,
+    paired_test,
+    pareto_front,
+    proportion_interval,
+    seed_interval,
+)
 
 # A busy machine makes examples slow: that says nothing about the code.
 settings.register_profile("steady", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -181,3 +193,127 @@ def test_adjusting_never_lowers_a_p_value(values: list[float]) -> None:
 def test_p_value_outside_its_range_is_refused() -> None:
     with pytest.raises(ValueError, match=r"\[0, 1\]; got 1.5"):
         holm([0.5, 1.5])
+
+
+# ---- over seeds and items -----------------------------------------------------------------------
+
+
+def draw_table(
+    rng: np.random.Generator, seeds: float, items: float, both: float, shape: tuple[int, int]
+) -> NDArray[np.float64]:
+    """Differences with these standard deviations of seeds, of items and of each alone."""
+    return (
+        seeds * rng.standard_normal((shape[0], 1))
+        + items * rng.standard_normal(shape[1])
+        + both * rng.standard_normal(shape)
+    )
+
+
+def over_seeds(table: NDArray[np.float64]) -> Any:
+    return paired_over_seeds(table, np.zeros_like(table))
+
+
+def test_variance_is_that_of_endless_two_level_resampling_without_its_biases() -> None:
+    """Resampled as described: seeds, and items once for all seeds."""
+    rng = np.random.default_rng(0)
+    table = draw_table(rng, 1.0, 3.0, 2.0, (5, 30))
+    means = np.empty(20_000)
+    for k in range(len(means)):
+        seeds, items = rng.integers(0, 5, 5), rng.integers(0, 30, 30)
+        means[k] = table[np.ix_(seeds, items)].mean()
+    v = CrossedVariance.of(table)
+    endless = v.seeds * 4 / 5 + v.items * 29 / 30 + v.both * 4 / 5 * 29 / 30
+    assert math.isclose(means.var(), endless, rel_tol=0.05)
+
+
+def test_variance_of_the_mean_has_no_bias() -> None:
+    """True: 1/5 + 9/30 + 4/150 = 0.5267; the bootstrap's own would be 0.58 or so."""
+    rng = np.random.default_rng(0)
+    found = [CrossedVariance.of(draw_table(rng, 1.0, 3.0, 2.0, (5, 30))) for _ in range(4000)]
+    mean = np.mean([v.seeds + v.items - v.both for v in found])
+    assert math.isclose(mean, 0.5267, rel_tol=0.02)
+
+
+def test_where_items_agree_it_is_the_t_test_of_seeds() -> None:
+    table = np.repeat([[1.0], [0.2], [0.5], [0.9], [-0.1]], 40, axis=1)
+    expected = stats.ttest_1samp(table[:, 0], 0)
+    test = over_seeds(table)
+    assert math.isclose(test.p_value, expected.pvalue, rel_tol=1e-6)
+    assert np.allclose(test.interval, expected.confidence_interval())
+
+
+def test_where_seeds_agree_it_is_the_t_test_of_items() -> None:
+    row = np.random.default_rng(0).normal(0.2, 1, 50)
+    expected = stats.ttest_1samp(row, 0)
+    test = over_seeds(np.tile(row, (5, 1)))
+    assert math.isclose(test.p_value, expected.pvalue, rel_tol=1e-6)
+    assert np.allclose(test.interval, expected.confidence_interval())
+
+
+@given(st.integers(2, 6), st.integers(2, 40), st.integers(0, 99), st.booleans())
+def test_interval_leaves_out_zero_exactly_where_p_is_below_its_level(
+    num_seeds: int, n: int, seed: int, binary: bool
+) -> None:
+    rng = np.random.default_rng(seed)
+    a, b = rng.random((num_seeds, n)), rng.random((num_seeds, n)) * rng.random()
+    if binary:
+        a, b = a > 0.5, b > 0.5
+    test = paired_over_seeds(a, b)
+    assert (test.p_value < 0.05) == (not test.interval.low <= 0 <= test.interval.high)
+    assert math.isclose(test.difference, np.mean(a) - np.mean(b), abs_tol=1e-12)
+    assert (test.n, test.num_seeds) == (n, num_seeds)
+    mirrored = paired_over_seeds(b, a)
+    assert math.isclose(mirrored.p_value, test.p_value, rel_tol=1e-6)
+    assert math.isclose(mirrored.interval.low, -test.interval.high, abs_tol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("seeds", "items", "both"), [(1, 1, 1), (1, 8, 1), (0.5, 6, 8), (0, 5, 5), (1, 3, 0)]
+)
+def test_level_is_kept_with_five_seeds(seeds: float, items: float, both: float) -> None:
+    """1000 tables without a difference, 40 items: 5 % are 50, 68 and more have a chance of 1 %.
+
+    A normal critical value finds one in 93 of the first kind.
+    """
+    rng = np.random.default_rng(0)
+    found = 0
+    for _ in range(1000):
+        v = CrossedVariance.of(table := draw_table(rng, seeds, items, both, (5, 40)))
+        found += abs(table.mean()) > v.critical_value(0.05) * v.error
+    assert found < 68
+
+
+@pytest.mark.parametrize("num_seeds", [2, 5])
+def test_equal_outcomes_under_all_seeds_keep_a_width(num_seeds: int) -> None:
+    a = np.tile([1, 0, 1, 1], (num_seeds, 25))
+    test = paired_over_seeds(a, a)
+    assert (test.difference, test.p_value) == (0.0, 1.0)
+    assert test.interval.low < 0 < test.interval.high
+    numbers = a * 0.3
+    assert paired_over_seeds(numbers, numbers).p_value == 1.0
+    assert paired_over_seeds(numbers + 0.5, numbers).p_value < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "message"),
+    [
+        ([[1, 0, 1]], [[1, 1, 1]], "at least 2 seeds.*Run more seeds"),
+        ([[1], [0]], [[1], [1]], "1 item"),
+        ([[1, 0], [1, 1]], [[1, 0]], r"\(2, 2\) and \(1, 2\)"),
+        ([[1, 0], [1]], [[1, 0], [1, 1]], "same rows"),
+        ([[1, 0], [1, math.nan]], [[1, 0], [1, 1]], "finite"),
+        ([1, 0], [1, 1], "one row of outcomes per seed"),
+    ],
+)
+def test_tables_that_are_not_crossed_are_refused(a: Any, b: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        paired_over_seeds(a, b)
+
+
+def test_interval_over_seeds_is_students() -> None:
+    values = [0.81, 0.84, 0.79, 0.85, 0.82]
+    expected = stats.ttest_1samp(values, 0).confidence_interval()
+    assert np.allclose(seed_interval(values), expected)
+    assert np.allclose(mean_and_sd(values), (np.mean(values), np.std(values, ddof=1)))
+    with pytest.raises(ValueError, match="at least 2 of them; got 1"):
+        seed_interval([0.8])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import re
 import shutil
@@ -12,6 +14,7 @@ import sys
 import threading
 import time
 import urllib.request
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +37,7 @@ from e2lora.records import (
     Evaluation,
     StudyFolder,
     StudyRecord,
+    Suggestion,
     TrialFolder,
     TrialResult,
     write_json,
@@ -68,7 +72,9 @@ FAILED: dict[str, Any] = {
     "seconds": 3.0,
     "attempts": 3,
     "error": "Traceback\nRuntimeError: it's out of memory",
+    "failure": "memory",
 }
+STOPPED: dict[str, Any] = {**COMPLETE, "state": "stopped"}
 Runs = dict[str, dict[str, Any]]
 
 
@@ -90,9 +96,11 @@ def make_study(storage: Path, name: str = "quick") -> tuple[StudyFolder, StudyRe
     return folder, record
 
 
-def write_trial(folder: StudyFolder, number: int, accuracies: tuple[float, ...]) -> TrialFolder:
-    """A trial with a plan of blocks, evaluated every 10 steps."""
-    options = PlanConfig(topology="blocks", block_size=2, r=4)
+def write_trial(
+    folder: StudyFolder, number: int, accuracies: tuple[float, ...], **plan: Any
+) -> TrialFolder:
+    """A trial with a plan of blocks, or another, evaluated every 10 steps."""
+    options = PlanConfig(**(plan or {"topology": "blocks", "block_size": 2}), r=4)
     config = TrialConfig(
         model=MODEL,
         task=TASK,
@@ -201,8 +209,8 @@ def test_study_has_one_parent_and_one_child_per_trial(tmp_path: Path, uri: str) 
     tracker.mirror_trial(second)
 
     runs = read_runs(tracker)
-    assert sorted(runs) == ["00000 blocks(2)", "00007 blocks(2)", "quick"]
-    parent, ended, running = runs["quick"], runs["00000 blocks(2)"], runs["00007 blocks(2)"]
+    assert sorted(runs) == ["00000 blocks(2) r=4", "00007 blocks(2) r=4", "quick"]
+    parent, ended, running = runs["quick"], runs["00000 blocks(2) r=4"], runs["00007 blocks(2) r=4"]
     assert parent["id"] == tracker.parent_run_id
     assert parent["status"] == running["status"] == "RUNNING"
     assert parent["params"] == {
@@ -239,8 +247,14 @@ def test_study_has_one_parent_and_one_child_per_trial(tmp_path: Path, uri: str) 
         "head_parameters": 66,
         "seconds": 12.5,
         "attempts": 2,
+        "validation/accuracy": 0.75,
+        "validation/loss": 0.25,
     }
-    assert [p[:2] for p in ended["points"]["accuracy"]] == [(10, 0.5), (20, 0.6), (30, 0.75)]
+    assert [p[:2] for p in ended["points"]["validation/accuracy"]] == [
+        (10, 0.5),
+        (20, 0.6),
+        (30, 0.75),
+    ]
     assert ended["artifacts"] == ["plan.json", "trial.json"]
     assert ended["tags"]["plan_fingerprint"] == first.plan().fingerprint()
     assert running["tags"]["mlflow.parentRunId"] == parent["id"]
@@ -276,11 +290,11 @@ def test_resumed_study_goes_on_in_its_runs(tmp_path: Path, uri: str) -> None:
     tracker.mirror_all()
     after = read_runs(tracker)
     assert tracker.parent_run_id == former.parent_run_id
-    assert after["00000 blocks(2)"] == before["00000 blocks(2)"]
-    first, both = before["00001 blocks(2)"], after["00001 blocks(2)"]
+    assert after["00000 blocks(2) r=4"] == before["00000 blocks(2) r=4"]
+    first, both = before["00001 blocks(2) r=4"], after["00001 blocks(2) r=4"]
     assert first["id"] == both["id"]
-    assert both["points"]["accuracy"][:1] == first["points"]["accuracy"]
-    assert [point[:2] for point in both["points"]["accuracy"]] == [(10, 0.5), (20, 0.7)]
+    assert both["points"]["validation/accuracy"][:1] == first["points"]["validation/accuracy"]
+    assert [point[:2] for point in both["points"]["validation/accuracy"]] == [(10, 0.5), (20, 0.7)]
 
 
 def test_study_of_equal_name_elsewhere_is_another_study(tmp_path: Path, uri: str) -> None:
@@ -297,10 +311,10 @@ def test_runs_that_a_dead_driver_left_running_are_closed(tmp_path: Path, uri: st
     Tracker(uri, folder, record).mirror_trial(trial)
     tracker = Tracker(uri, folder, record)
     tracker.mirror_all()
-    assert read_runs(tracker)["00000 blocks(2)"]["status"] == "KILLED"
+    assert read_runs(tracker)["00000 blocks(2) r=4"]["status"] == "KILLED"
     tracker.mirror_trial(trial)  # it was taken up again
     tracker.mirror_all()
-    assert read_runs(tracker)["00000 blocks(2)"]["status"] == "RUNNING"
+    assert read_runs(tracker)["00000 blocks(2) r=4"]["status"] == "RUNNING"
 
 
 def test_failed_trial_tells_its_error_and_is_not_scored(tmp_path: Path, uri: str) -> None:
@@ -309,16 +323,134 @@ def test_failed_trial_tells_its_error_and_is_not_scored(tmp_path: Path, uri: str
     end_trial(trial, FAILED)
     tracker = Tracker(uri, folder, record)
     tracker.mirror_trial(trial)
-    run = read_runs(tracker)["00000 blocks(2)"]
+    run = read_runs(tracker)["00000 blocks(2) r=4"]
     assert run["status"] == "FAILED"
     assert run["tags"]["e2lora.error"] == run["tags"]["mlflow.note.content"] == FAILED["error"]
     assert run["metrics"] == {"seconds": 3, "attempts": 3}
+    assert (run["tags"]["e2lora.state"], run["tags"]["e2lora.failure"]) == ("failed", "memory")
 
     end_trial(write_trial(folder, 0, (0.75,)), COMPLETE)  # tried again, with success
     tracker.mirror_trial(trial)
-    run = read_runs(tracker)["00000 blocks(2)"]
+    run = read_runs(tracker)["00000 blocks(2) r=4"]
     assert (run["status"], run["metrics"]["attempts"]) == ("FINISHED", 2)
     assert run["tags"]["e2lora.error"] == run["tags"]["mlflow.note.content"] == ""
+    assert (run["tags"]["e2lora.state"], run["tags"]["e2lora.failure"]) == ("complete", "")
+
+
+def test_trial_that_was_stopped_has_no_final_score(tmp_path: Path, uri: str) -> None:
+    """What it had reached stands by step, and in no column that whole trials are compared by."""
+    folder, record = make_study(tmp_path)
+    trial = write_trial(folder, 0, (0.9,))
+    end_trial(trial, STOPPED)
+    tracker = Tracker(uri, folder, record)
+    tracker.mirror_trial(trial)
+    run = read_runs(tracker)["00000 blocks(2) r=4"]
+    assert (run["status"], run["tags"]["e2lora.state"]) == ("KILLED", "stopped")
+    assert run["metrics"] == {
+        "validation/accuracy": 0.9,
+        "validation/loss": 1 - 0.9,
+        "adapter_parameters": 512,
+        "head_parameters": 66,
+        "seconds": 12.5,
+        "attempts": 2,
+    }
+
+
+def test_budget_and_origin_are_told_and_the_rank_when_it_is_decided(
+    tmp_path: Path, uri: str
+) -> None:
+    """Parameters can't be changed: the rank follows from the budget when there is a plan."""
+    folder, record = make_study(tmp_path)
+    trial = write_trial(folder, 0, (), topology="all", target_parameters=9000, budget="interval")
+    plan = trial.plan_file.read_text()
+    trial.plan_file.unlink()
+    write_json(trial.suggestion_file, Suggestion(origin="quota", params={"system": "all"}))
+    tracker = Tracker(uri, folder, record)
+    tracker.mirror_trial(trial)
+    params = read_runs(tracker)["00000 all-shared"]["params"]
+    told = {name: params[name] for name in ("budget", "rank_budget", "origin")}
+    assert told == {"budget": "9000", "rank_budget": "interval", "origin": "quota"}
+    assert not {"r", "lora_alpha"} & params.keys()
+    config = trial.config()
+    write_json(trial.config_file, config.model_copy(update={"plan": config.plan.at_rank(6)}))
+    trial.plan_file.write_text(plan)
+    tracker.mirror_trial(trial)
+    params = read_runs(tracker)["00000 all-shared"]["params"]
+    assert (params["r"], params["lora_alpha"]) == ("6", "24.0")
+
+
+def test_seed_runs_are_children_apart_from_trials_of_the_same_number(
+    tmp_path: Path, uri: str
+) -> None:
+    folder, record = make_study(tmp_path)
+    end_trial(write_trial(folder, 3, (0.75,)), COMPLETE)
+    random = {"topology": "random", "num_intervals": 2, "partition_seed": 7}
+    random["allocation"] = "uniform"
+    seed_run = write_trial(folder.seeds, 3, (0.5, 0.6), **random)
+    write_json(seed_run.suggestion_file, Suggestion(origin="seeds", params={}, chosen=2))
+    tracker = Tracker(uri, folder, record)
+    tracker.mirror_trial(seed_run)
+    tracker.mirror_all()
+    name = "00003 seed 3 draw 7 random(2) (uniform) r=4"
+    before = read_runs(tracker)
+    assert sorted(before) == ["00003 blocks(2) r=4", name, "quick"]
+    assert before[name]["status"] == "RUNNING"
+
+    end_trial(seed_run, COMPLETE | {"metrics": {"accuracy": 0.5}, "test_metrics": {"mcc": 0.25}})
+    again = Tracker(uri, StudyFolder(tmp_path, "quick"), record)
+    again.finish([], "FINISHED")
+    runs = read_runs(again)
+    searched, run = runs["00003 blocks(2) r=4"], runs[name]
+    assert run["id"] == before[name]["id"]
+    assert run["tags"]["mlflow.parentRunId"] == searched["tags"]["mlflow.parentRunId"]
+    assert [r["tags"]["e2lora.stage"] for r in (searched, run)] == ["search", "seeds"]
+    assert run["tags"]["e2lora.chosen"] == "2"
+    assert "e2lora.chosen" not in searched["tags"]
+    assert (run["params"]["seed"], run["params"]["partition_seed"]) == ("3", "7")
+    assert run["params"]["origin"] == "seeds"
+    assert (searched["metrics"]["accuracy"], run["metrics"]["accuracy"]) == (0.75, 0.5)
+    assert run["metrics"]["test/mcc"] == 0.25
+    assert runs["quick"]["metrics"] == {
+        "finished_trials": 1,
+        "failed_trials": 0,
+        "finished_seed_runs": 1,
+    }
+
+
+def test_saved_view_charts_size_against_score_of_whole_trials(tmp_path: Path, uri: str) -> None:
+    from mlflow import MlflowClient
+
+    folder, record = make_study(tmp_path)
+    for number, values in enumerate((COMPLETE, STOPPED, FAILED, COMPLETE)):
+        end_trial(write_trial(folder, number, (0.5,)), values)
+    write_trial(folder, 4, (0.5,))
+    end_trial(write_trial(folder.seeds, 0, (0.5,)), COMPLETE)
+    tracker = Tracker(uri, folder, record)
+    tracker.mirror_all()
+    client = MlflowClient(tracking_uri=uri)
+    tags = client.get_experiment(tracker.experiment_id).tags
+    views = {
+        view["name"]: json.loads(zlib.decompress(base64.b64decode(view["state"][8:])))
+        for tag, value in tags.items()
+        if tag.startswith("mlflow.sharedViewState.")
+        for view in [json.loads(value)]
+    }
+    assert set(views) == {"quick", "quick: seed runs"}
+    shown = {
+        name: client.search_runs([tracker.experiment_id], view["searchFilter"])
+        for name, view in views.items()
+    }
+    assert {run.data.tags["e2lora.trial"] for run in shown["quick"]} == {"0", "3"}
+    assert [run.data.tags["e2lora.stage"] for run in shown["quick: seed runs"]] == ["seeds"]
+    scatter, parallel = views["quick"]["compareRunCharts"]
+    axes = [scatter["xaxis"]["key"], scatter["yaxis"]["key"]]
+    assert axes == parallel["selectedMetrics"] == ["adapter_parameters", "accuracy"]
+    for run in shown["quick"]:
+        assert set(axes) <= run.data.metrics.keys()
+        assert set(parallel["selectedParams"]) <= run.data.params.keys()
+
+    Tracker(uri, folder, record)  # which finds the views as they are to be, and leaves them
+    assert client.get_experiment(tracker.experiment_id).tags == tags
 
 
 def test_evaluation_made_again_by_a_later_attempt_counts(tmp_path: Path, uri: str) -> None:
@@ -328,12 +460,16 @@ def test_evaluation_made_again_by_a_later_attempt_counts(tmp_path: Path, uri: st
     tracker.mirror_trial(trial)
     write_trial(folder, 0, (0.5, 0.7))
     tracker.mirror_trial(trial)
-    assert read_runs(tracker)["00000 blocks(2)"]["metrics"]["accuracy"] == 0.7
+    metrics = read_runs(tracker)["00000 blocks(2) r=4"]["metrics"]
+    assert metrics == {"validation/accuracy": 0.7, "validation/loss": 1 - 0.7}
 
 
-def test_finished_study_holds_its_report_and_counts(tmp_path: Path, uri: str) -> None:
+def test_finished_study_holds_report_records_winner_and_counts(tmp_path: Path, uri: str) -> None:
     folder, record = make_study(tmp_path)
-    end_trial(write_trial(folder, 0, (0.75,)), COMPLETE)
+    winner = write_trial(folder, 0, (0.75,))
+    end_trial(winner, COMPLETE)
+    winner.adapter.mkdir()
+    (winner.adapter / "adapter.safetensors").write_bytes(b"weights")
     end_trial(write_trial(folder, 1, ()), FAILED)
     left_open = write_trial(folder, 2, (0.5,))
     report = folder.report / "report.html"
@@ -341,12 +477,23 @@ def test_finished_study_holds_its_report_and_counts(tmp_path: Path, uri: str) ->
     report.write_text("<p>E²</p>")
     tracker = Tracker(uri, folder, record)
     tracker.mirror_trial(left_open)
-    tracker.finish([report], "KILLED")
+    tracker.finish([report], "KILLED", winner)
     runs = read_runs(tracker)
-    assert runs["quick"]["status"] == runs["00002 blocks(2)"]["status"] == "KILLED"
+    stored = {
+        str(file.relative_to(tmp_path / "mlflow-artifacts" / runs["quick"]["id"] / "artifacts"))
+        for file in (tmp_path / "mlflow-artifacts" / runs["quick"]["id"]).rglob("*.*")
+    }
+    assert stored == {
+        "report/report.html",
+        "study/study.json",
+        "winner/adapter/adapter.safetensors",
+        "winner/plan.json",
+        "winner/result.json",
+        "winner/trial.json",
+    }
+    assert runs["quick"]["tags"]["e2lora.winner"] == "search 0"
+    assert runs["quick"]["status"] == runs["00002 blocks(2) r=4"]["status"] == "KILLED"
     assert runs["quick"]["metrics"] == {"finished_trials": 1, "failed_trials": 1}
-    stored = list((tmp_path / "mlflow-artifacts").glob("*/artifacts/report/report.html"))
-    assert [file.read_text() for file in stored] == ["<p>E²</p>"]
     assert f"mlflow ui --backend-store-uri {uri}" in tracker.describe()
     assert tracker.parent_run_id in tracker.describe()
 
@@ -367,7 +514,7 @@ def test_trials_mirrored_from_two_threads_have_one_run_each(tmp_path: Path, uri:
         thread.join()
     runs = read_runs(tracker)  # which asserts that names are unique
     assert len(runs) == 4
-    assert all(len(run["points"].get("accuracy", "1")) == 1 for run in runs.values())
+    assert all(len(run["points"].get("validation/accuracy", "1")) == 1 for run in runs.values())
 
 
 def test_store_that_fails_does_not_stop_a_study(
@@ -395,10 +542,13 @@ def test_store_that_fails_does_not_stop_a_study(
     elsewhere.rename(place)
     tracker.mirror_all()
     runs = read_runs(tracker)
-    ended = runs["00000 blocks(2)"]
+    ended = runs["00000 blocks(2) r=4"]
     assert (len(runs), ended["status"], ended["metrics"]["accuracy"]) == (3, "FINISHED", 0.75)
-    assert [point[:2] for point in ended["points"]["accuracy"]] == [(10, 0.5), (20, 0.75)]
-    assert runs["00001 blocks(2)"]["metrics"]["accuracy"] == 0.6
+    assert [point[:2] for point in ended["points"]["validation/accuracy"]] == [
+        (10, 0.5),
+        (20, 0.75),
+    ]
+    assert runs["00001 blocks(2) r=4"]["metrics"]["validation/accuracy"] == 0.6
 
 
 @pytest.mark.slow  # a server takes 10 s to start, and it is started twice
@@ -408,15 +558,20 @@ def test_server_that_dies_does_not_stop_a_study(
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     folder, record = make_study(tmp_path)
     trial, other = write_trial(folder, 0, (0.5,)), write_trial(folder, 1, (0.6,))
+    seed_run = write_trial(folder.seeds, 0, (0.5,), topology="all")
     port = free_port()
     with running_server(uri, port, tmp_path) as server:
         tracker = Tracker(server, folder, record)
         tracker.mirror_trial(trial)
+        tracker.mirror_trial(seed_run)
         assert f"{server}/#/experiments/" in tracker.describe()
         before = read_runs(tracker)
 
     write_trial(folder, 0, (0.5, 0.75))
     end_trial(trial, COMPLETE)
+    tracker.mirror_trial(seed_run)
+    write_trial(folder.seeds, 0, (0.5, 0.25), topology="all")
+    end_trial(seed_run, COMPLETE)
     for mirror in (tracker.mirror_all, lambda: tracker.mirror_trial(other), tracker.mirror_all):
         mirror()
     warnings = capsys.readouterr().err.splitlines()
@@ -425,15 +580,22 @@ def test_server_that_dies_does_not_stop_a_study(
 
     with running_server(uri, port, tmp_path):
         deadline = time.monotonic() + 30
-        while len(read_runs(tracker)) < 3 and time.monotonic() < deadline:
+        while len(read_runs(tracker)) < 4 and time.monotonic() < deadline:
             tracker.mirror_trial(other)  # the first calls may come before it is tried again
             time.sleep(0.1)
         runs = read_runs(tracker)
-    assert runs["00000 blocks(2)"]["id"] == before["00000 blocks(2)"]["id"]
-    assert runs["00000 blocks(2)"]["status"] == "FINISHED"
-    assert [p[:2] for p in runs["00000 blocks(2)"]["points"]["accuracy"]] == [(10, 0.5), (20, 0.75)]
-    assert runs["00000 blocks(2)"]["artifacts"] == ["plan.json", "trial.json"]
-    assert runs["00001 blocks(2)"]["metrics"]["accuracy"] == 0.6
+    assert runs["00000 blocks(2) r=4"]["id"] == before["00000 blocks(2) r=4"]["id"]
+    assert runs["00000 blocks(2) r=4"]["status"] == "FINISHED"
+    assert [p[:2] for p in runs["00000 blocks(2) r=4"]["points"]["validation/accuracy"]] == [
+        (10, 0.5),
+        (20, 0.75),
+    ]
+    assert runs["00000 blocks(2) r=4"]["artifacts"] == ["plan.json", "trial.json"]
+    name = "00000 seed 0 all-shared r=4"
+    assert (runs[name]["id"], runs[name]["status"]) == (before[name]["id"], "FINISHED")
+    points = runs[name]["points"]["validation/accuracy"]
+    assert [point[:2] for point in points] == [(10, 0.5), (20, 0.25)]
+    assert runs["00001 blocks(2) r=4"]["metrics"]["validation/accuracy"] == 0.6
 
 
 @pytest.mark.parametrize(
@@ -516,7 +678,7 @@ def test_run_that_stands_alone_is_one_run_with_series_and_artefacts(
     assert run["params"]["system"] == "blocks(2)"
     assert run["tags"]["e2lora.run"] == str(folder.path)
     assert not {"mlflow.parentRunId", "e2lora.trial"} & set(run["tags"])
-    assert [p[:2] for p in run["points"]["accuracy"]] == [(10, 0.5), (20, 0.6)]
+    assert [p[:2] for p in run["points"]["validation/accuracy"]] == [(10, 0.5), (20, 0.6)]
     assert [p[:2] for p in run["points"]["train/loss"]] == [(s, 1.0 / s) for s in range(1, 21)]
 
     folder.adapter.mkdir()
@@ -538,7 +700,7 @@ def test_child_of_a_study_has_the_series_that_are_worth_a_column(tmp_path: Path,
     write_json(trial.steps_file, series)
     tracker = Tracker(uri, folder, record)
     tracker.mirror_trial(trial)
-    points = read_runs(tracker)["00000 blocks(2)"]["points"]
+    points = read_runs(tracker)["00000 blocks(2) r=4"]["points"]
     assert [p[:2] for p in points["train/loss"]] == [(1, 2.0), (2, 1.0)]
     assert "train/seconds" not in points
 
@@ -567,7 +729,7 @@ def test_store_that_fails_does_not_stop_a_run(
     assert f"The run goes on; metrics stand in {folder.path}" in warning
     elsewhere.rename(place)
     tracker.finish()
-    assert read_runs(tracker)["mine"]["metrics"]["accuracy"] == 0.6
+    assert read_runs(tracker)["mine"]["metrics"]["validation/accuracy"] == 0.6
 
 
 def test_long_series_is_thinned_to_the_same_steps_while_it_grows(tmp_path: Path, uri: str) -> None:

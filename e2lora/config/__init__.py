@@ -7,8 +7,9 @@ default that trains something else. A configuration is plain JSON:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pydantic import Field
@@ -34,6 +35,7 @@ from e2lora.config.plan import (
     PlanConfig,
 )
 from e2lora.config.presets import TASK_PRESETS, require_preset, task_preset
+from e2lora.config.systems import CONTROLS, SYSTEMS, System, cells, suggest_system
 from e2lora.config.tasks import (
     TASK_CONFIGS,
     AnyTaskConfig,
@@ -51,11 +53,14 @@ from e2lora.config.tasks import (
 from e2lora.config.training import PARALLELISM, EarlyStopping, TrainConfig
 
 __all__ = [
+    "CONTROLS",
     "CUT_BY_GRADIENTS",
     "FAMILY_NAMES",
     "NEEDS_PAIRS",
     "PARALLELISM",
     "PRESETS",
+    "SAMPLERS",
+    "SYSTEMS",
     "TASK_CONFIGS",
     "TASK_PRESETS",
     "AdaLoraOptions",
@@ -77,20 +82,24 @@ __all__ = [
     "Objective",
     "PlanConfig",
     "PromptsConfig",
+    "Pruner",
     "RandLoraOptions",
     "RegressionConfig",
     "Scope",
     "SftConfig",
     "Study",
+    "System",
     "TaskConfig",
     "TextClassificationConfig",
     "TextsConfig",
     "TrainConfig",
     "TrialConfig",
     "VeraOptions",
+    "cells",
     "fingerprint_of",
     "in_one_paragraph",
     "require_preset",
+    "suggest_system",
     "system_name",
     "task_preset",
 ]
@@ -123,8 +132,18 @@ class TrialConfig(Frozen):
     seed: int = Field(default=0, ge=0)
 
     def identity(self) -> str:
-        """Names what is trained, however many workers train it: a checkpoint's owner."""
-        return fingerprint_of(self.model_dump(mode="json", exclude={"training": set(PARALLELISM)}))
+        """Names what is trained, however many workers train it: a checkpoint's owner.
+
+        A rank that follows from a target of parameters is not part of it.
+        """
+        tree = self.model_dump(mode="json", exclude={"training": set(PARALLELISM)})
+        plan = tree["plan"]
+        if plan["target_parameters"] is None:
+            del plan["target_parameters"]
+        else:
+            plan["scale"] = float(f"{self.plan.scale:.9g}")
+            del plan["r"], plan["lora_alpha"]
+        return fingerprint_of(tree)
 
     @property
     def system(self) -> str:
@@ -145,7 +164,8 @@ class TrialConfig(Frozen):
 def system_name(plan: PlanConfig, adapter: AdapterConfig) -> str:
     """The name of a sharing system, as the field and the reports use it.
 
-    What differs from the system's defaults and matters is said in brackets; the rank is not.
+    What differs from the system's defaults and matters is said in brackets; the rank is not, nor
+    which partition a random one is: its draws are one system.
 
     >>> lora = AdapterConfig(target_modules=("query",))
     >>> system_name(PlanConfig(topology="blocks", block_size=2), lora)
@@ -172,7 +192,7 @@ def system_name(plan: PlanConfig, adapter: AdapterConfig) -> str:
         "all": "all-shared",
         "blocks": f"blocks({plan.block_size})",
         "strided": f"strided({plan.stride})",
-        "random": f"random({plan.num_intervals or 'E²'}, seed {plan.partition_seed})",
+        "random": f"random({plan.num_intervals or 'E²'})",
         "matched": "matched blocks",
         "explicit": f"explicit {fingerprint_of([g.model_dump() for g in plan.groups or ()])[:4]}",
         "e2": f"E²{family}" if allocated else "LSS only",
@@ -240,20 +260,64 @@ class Objective(Frozen):
     direction: Literal["maximize", "minimize"]
 
 
+class Pruner(Frozen):
+    """Ends trials early that do badly beside others of the same model and task.
+
+    It looks at evaluations on the way (`training.eval_every`), of the study's first objective that
+    is a metric. Trials of the quota are never stopped: systems are compared by whole ones.
+    """
+
+    name: Literal["asha", "median"]
+    min_steps: int = Field(gt=0, description="no trial is stopped before so many steps")
+    reduction_factor: int = Field(
+        default=3, gt=1, description="of asha: one in so many goes on from a rung to the next"
+    )
+
+
+SAMPLERS = ("tpe", "nsga2", "gp", "random", "grid")
+
+
 @dataclass(frozen=True)
 class Study:
     """A search as a value: one file in ``search_spaces/`` defines one as ``study``.
 
     ``space(trial)`` is define-by-run: it calls ``trial.suggest_*`` and returns the
-    :class:`TrialConfig` to run. ``points`` are sets of suggestions that are run first.
-    ``num_trials`` counts the points too. ``budgets`` are the base ranks the study compares.
+    :class:`TrialConfig` to run.
+
+    Args:
+        cells: what is compared: sets of suggestions, as a system at a budget. Each is run at every
+            combination of ``grid``, its quota, before anything else; so all have equal effort.
+        grid: suggestion → the values that each cell is tried at, as its learning rates.
+        points: further sets of suggestions that are run, after the quota: published settings.
+        budgets: the counts of adapter parameters that systems are compared at, each a
+            ``PlanConfig.target_parameters``.
+        max_parameters: a limit that no trial may exceed: what does is answered without training.
+        num_trials: in all, quota and points included; None: those alone.
+        sampler: one of ``SAMPLERS``, of what comes after quota and points.
     """
 
     space: Callable[[Any], TrialConfig]
     models: tuple[ModelConfig, ...]
     tasks: tuple[AnyTaskConfig, ...]
     objectives: tuple[Objective, ...]
-    budgets: tuple[int, ...]
+    budgets: tuple[int, ...] = ()
+    cells: tuple[Mapping[str, Any], ...] = ()
+    grid: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     points: tuple[Mapping[str, Any], ...] = ()
     seeds: tuple[int, ...] = (0,)
-    num_trials: int = 10
+    num_trials: int | None = None
+    sampler: str = "tpe"
+    pruner: Pruner | None = None
+    max_parameters: int | None = None
+
+    @property
+    def quota(self) -> tuple[Mapping[str, Any], ...]:
+        """Every cell at every combination of the grid; all cells at the first one come first."""
+        combinations = itertools.product(*self.grid.values())
+        values = [dict(zip(self.grid, combination, strict=True)) for combination in combinations]
+        return tuple({**cell, **chosen} for chosen in values for cell in self.cells)
+
+    @property
+    def given(self) -> tuple[Mapping[str, Any], ...]:
+        """What is run before the sampler chooses: the quota, then the points."""
+        return (*self.quota, *self.points)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -85,6 +86,12 @@ class PlanConfig(Frozen):
     )
     r: int = Field(default=8, gt=0)
     lora_alpha: float = Field(default=16.0, gt=0)
+    target_parameters: int | None = Field(
+        default=None,
+        gt=0,
+        description="in a study: trainable adapter parameters to meet. `r` becomes the base rank "
+        "whose count comes nearest, and `lora_alpha` goes with it, so that the scale stays",
+    )
     use_rslora: bool = Field(default=False, description="scale by alpha/sqrt(r), not alpha/r")
     similarity: Similarity = "rmi"
     allocation: Allocation | None = Field(
@@ -106,6 +113,21 @@ class PlanConfig(Frozen):
         if self.allocation is not None:
             return self.allocation
         return "entropy_power" if self.topology in CUT_BY_GRADIENTS else "uniform"
+
+    @property
+    def scale(self) -> float:
+        """Of the adapter's output at the base rank: α/r, or α/√r under rsLoRA."""
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    def at_rank(self, r: int) -> PlanConfig:
+        """With this base rank, and the α that keeps the adapter's scale: α/r, or α/√r (rsLoRA).
+
+        >>> PlanConfig(r=8, lora_alpha=16).at_rank(2).lora_alpha
+        4.0
+        """
+        ratio = r / self.r
+        alpha = self.lora_alpha * (math.sqrt(ratio) if self.use_rslora else ratio)
+        return self.model_copy(update={"r": r, "lora_alpha": alpha})
 
     @property
     def needs_similarity(self) -> bool:

@@ -2,41 +2,76 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from e2lora.cluster import connect, is_of_the_cluster
 from e2lora.command import default_storage, find_study, require_name, run_for_user
 
 
-def run_command(
-    space: str, num_trials: int | None, storage: Path | None, name: str | None, isolated: bool
-) -> int:
+@dataclass(frozen=True)
+class Words:
+    """What a command line says of a study, and of how it is run."""
+
+    space: str
+    study: str | None = None
+    storage: Path | None = None
+    trials: int | None = None
+    seeds: int = 0
+    sampler: str | None = None
+    dry_run: bool = False
+    max_hours: float | None = None
+    isolated: bool = False
+    ledger: str | None = None
+    register: str | None = None
+
+
+def search_command(words: Words) -> int:
     """Run or resume a study and say how it ended: 0, or an exit code with the reason printed.
 
-    1: trials failed. 2: the study could not start. 130: interrupted.
+    1: trials failed. 2: the study could not start. 130: interrupted, or its hours were over.
     """
+    return run_for_user(
+        lambda: _search(words), "the same command with the same --study goes on", _is_for_users
+    )
 
-    def run() -> int:
-        study = find_study(space)
-        study_name = name or space.rpartition(".")[2]
-        require_name("--study", study_name)
-        if num_trials is not None and num_trials < 1:
-            raise ValueError(f"--trials must be at least 1; got {num_trials}.")
-        connect()
-        from e2lora.search.study import run_study
 
-        outcome = run_study(
-            study, space, study_name, storage or default_storage(), num_trials, isolated
+def _search(words: Words) -> int:
+    study = find_study(words.space)
+    if words.sampler is not None:
+        study = replace(study, sampler=words.sampler)
+    name = words.study or words.space.rpartition(".")[2]
+    require_name("--study", name)
+    for option, least, value in (
+        ("--trials", 1, words.trials),
+        ("--seeds", 2, words.seeds or None),
+        ("--max-hours", 0, words.max_hours),
+    ):
+        if value is not None and value < least:
+            raise ValueError(f"{option} must be at least {least}; got {value}. Correct it.")
+    connect()
+    from e2lora.search.cost import dry_run
+    from e2lora.search.study import Options, run_study
+
+    storage = words.storage or default_storage()
+    options = Options(
+        num_trials=words.trials,
+        num_seeds=words.seeds,
+        isolated=words.isolated,
+        max_hours=words.max_hours,
+        ledger=words.ledger,
+        register=words.register,
+    )
+    if words.dry_run:
+        print(dry_run(study, storage, words.trials or study.num_trials, words.seeds))
+        return 0
+    outcome = run_study(study, words.space, name, storage, options)
+    if outcome.unfinished:
+        print(
+            f"unfinished: ended trials are kept; the same command with --study {name} goes on",
+            flush=True,
         )
-        if outcome.unfinished:
-            print(
-                "unfinished: ended trials are kept; the same command with "
-                f"--study {outcome.folder.name} goes on",
-                flush=True,
-            )
-        return outcome.exit_code
-
-    return run_for_user(run, "the same command with the same --study goes on", _is_for_users)
+    return outcome.exit_code
 
 
 def _is_for_users(error: Exception) -> bool:

@@ -9,6 +9,7 @@ import optuna
 
 from e2lora.config import Study, TrialConfig, in_one_paragraph
 from e2lora.preflight import Plans
+from e2lora.search.samplers import require_enumerable, sampler_of
 from e2lora.tasks import Task
 
 
@@ -53,8 +54,44 @@ def require_possible_in(study: Study, plans: Plans, config: TrialConfig) -> None
     _require_known_objectives(study, plans.task(config))
 
 
+def require_sound(study: Study) -> None:
+    """What a study says of itself must hold together.
+
+    Raises:
+        ValueError: naming the part that doesn't.
+    """
+    require_enumerable(study)
+    sampler_of(study.sampler, 0)
+    if bool(study.cells) != bool(study.grid):
+        raise ValueError(
+            "a study's `cells` are tried at every combination of its `grid`: it has both or "
+            f"neither; got {len(study.cells)} cell(s) and a grid of {list(study.grid)}. Add the "
+            "other, e.g. grid={'learning_rate': (1e-4, 3e-4, 1e-3)}."
+        )
+    twice = sorted({name for cell in study.cells for name in cell} & set(study.grid))
+    if twice:
+        raise ValueError(
+            "what a study's `grid` varies must not be said by its `cells`; got "
+            f"{', '.join(twice)} in both. Take it out of one."
+        )
+    if not study.given and study.num_trials is None:
+        raise ValueError(
+            "a study needs trials: cells with a grid, points, or `num_trials` for its sampler; it "
+            "has none of them. Add one."
+        )
+
+
+def given_configurations(study: Study) -> list[TrialConfig]:
+    """Of the quota and the points.
+
+    Raises:
+        ValueError: the space doesn't accept one; the message names it.
+    """
+    return [configuration_of_point(study, point) for point in study.given]
+
+
 def checked_configurations(study: Study, plans: Plans, num_drawn: int = 4) -> list[TrialConfig]:
-    """What the study's points are, and some that its space draws at random, without a ledger.
+    """What the study gives, and some that its space draws at random, without a ledger.
 
     A space may offer combinations that can't be trained: one that is drawn is told, and is not
     among these. A point must be such as can be trained.
@@ -63,8 +100,8 @@ def checked_configurations(study: Study, plans: Plans, num_drawn: int = 4) -> li
         ValueError, OSError: what the space or :func:`require_possible_in` refuses at a point, or
             at every draw of a study without points.
     """
-    configurations = [configuration_of_point(study, point) for point in study.points]
-    for point, config in zip(study.points, configurations, strict=True):
+    configurations = given_configurations(study)
+    for point, config in zip(study.given, configurations, strict=True):
         try:
             require_possible_in(study, plans, config)
         except ValueError as error:
@@ -109,15 +146,17 @@ def _require_known_objectives(study: Study, task: Task) -> None:
 
 
 def require_declared(study: Study, config: TrialConfig) -> None:
-    """A space may only return models, tasks and seeds that its study declares.
+    """A space may only return models, tasks, budgets and seeds that its study declares.
 
     Raises:
         ValueError: naming what is not declared.
     """
+    target = config.plan.target_parameters
     for name, value, declared in (
         ("model", config.model, study.models),
         ("task", config.task, study.tasks),
         ("seed", config.seed, study.seeds),
+        ("target_parameters", target, (None, *study.budgets)),
     ):
         if value not in declared:
             raise ValueError(

@@ -30,7 +30,7 @@ def configuration_of_words(
         ValueError: a name that the space doesn't suggest, a value outside of its choices, or
             a suggestion that neither the words nor the points have.
     """
-    trial = _Chosen(given, _nearest(study.points, given))
+    trial = _Chosen(given, _nearest(study.given, given))
     config = configuration_of(study, trial)
     unknown = [name for name in given if name not in {*trial.offers, *others}]
     if unknown:

@@ -62,11 +62,12 @@ class Progress(Callback):
             return f"{head} left open"
         if result.state == "failed":
             return f"{head} FAILED: {(result.error or '').splitlines()[-1][:160]}"
+        ended = "" if result.state == "complete" else "  stopped early"
         metrics = "  ".join(
             f"{objective.name} {result.value(objective.name):.6g}"
             for objective in self._folder.record().objectives
         )
-        return f"{head} {metrics}  {result.seconds:.0f} s"
+        return f"{head} {metrics}  {result.seconds:.0f} s{ended}"
 
     def _beat(self) -> None:
         while not self._stop.wait(PULSE_SECONDS):

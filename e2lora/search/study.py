@@ -1,24 +1,48 @@
-"""Runs a study: preflight, worker groups, Tune over the ledger, tracking, report."""
+"""Runs a study: preflight, worker groups, Tune over the ledger, seeds, tracking, report."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 from e2lora.cluster import HEAD, require_shared_storage, slots
 from e2lora.command import held_alone
-from e2lora.config import GroupSpec, Study, TrialConfig
+from e2lora.config import GroupSpec, Study
 from e2lora.pool import Pool
 from e2lora.preflight import Plans
 from e2lora.records import StudyFolder, StudyRecord, write_json
 from e2lora.report import render_report
 from e2lora.search.ledger import LedgerSearch
-from e2lora.search.plans import checked_configurations
+from e2lora.search.plans import checked_configurations, given_configurations, require_sound
 from e2lora.search.progress import Progress
+from e2lora.search.seeds import study_over_seeds
 from e2lora.search.trials import thin_trial
+from e2lora.search.unchanged import ChangedSpace, require_same_space
 from e2lora.tracking import Tracker, default_tracking_uri
+from e2lora.tracking.registry import register_winner
+from e2lora.winner import best_trial
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a study is run: what is not part of it.
+
+    Attributes:
+        num_trials: to override the study's own.
+        num_seeds: that the chosen configurations are trained again over; 0: none.
+        max_hours: after which no trial begins.
+        register: name of a model in MLflow's registry that the winner becomes.
+        ledger: URL of a database for the ledger; None: a journal in the study's folder.
+    """
+
+    num_trials: int | None = None
+    num_seeds: int = 0
+    isolated: bool = False
+    max_hours: float | None = None
+    ledger: str | None = None
+    register: str | None = None
 
 
 @dataclass(frozen=True)
@@ -26,26 +50,20 @@ class StudyOutcome:
     """What a run of a study came to; an ``unfinished`` one goes on with the same command."""
 
     folder: StudyFolder
-    num_trials: int
-    num_complete: int
+    num_failed: int
     unfinished: bool
 
     @property
     def exit_code(self) -> int:
         if self.unfinished:
             return 130
-        return 0 if self.num_complete >= self.num_trials else 1
+        return 1 if self.num_failed else 0
 
 
 def run_study(
-    study: Study,
-    space: str,
-    name: str,
-    storage: Path,
-    num_trials: int | None = None,
-    isolated: bool = False,
+    study: Study, space: str, name: str, storage: Path, options: Options = Options()
 ) -> StudyOutcome:
-    """Run or resume a study until it holds ``num_trials`` trials; Ray must be initialised.
+    """Run or resume a study until it holds its trials; Ray must be initialised.
 
     Args:
         space: where the study was imported from; recorded.
@@ -57,8 +75,10 @@ def run_study(
     """
     started = time.monotonic()
     folder = StudyFolder(storage.expanduser().resolve(), name)
-    num_trials = num_trials or study.num_trials
-    record = _record_of(study, space, folder)
+    record = record_of(study, space, folder)
+    require_sound(study)
+    require_same_record(folder, record)
+    require_same_space(study, folder)
     require_shared_storage(folder.path.parent)
     plans = Plans(folder.profiles)
     configs = checked_configurations(study, plans)
@@ -67,32 +87,41 @@ def run_study(
         write_json(folder.record_file, record)
         write_json(folder.data_file, [splits.model_dump() for splits in plans.splits])
         tracker = Tracker(default_tracking_uri(folder.path.parent), folder, record)
-        pool = Pool(name, folder.path / "ray", isolated)
-        searcher = LedgerSearch(study, folder, plans, pool, num_trials)
+        pool = Pool(name, folder.path / "ray", options.isolated)
+        kinds = tuple(dict.fromkeys(GroupSpec.of(config.training) for config in configs))
+        stage = Stage(plans, pool, tracker, kinds, options, started)
+        with pool:
+            search = stage.run("trials", study, folder, options.num_trials or study.num_trials)
+            searches = [search]
+            if options.num_seeds and not search.num_open:
+                again = study_over_seeds(study, folder, options.num_seeds)
+                write_json(folder.seeds.record_file, record_of(again, space, folder.seeds))
+                searches.append(stage.run("runs over seeds", again, folder.seeds, None))
         tracker.mirror_all()
-        if searcher.num_suggestions:
-            _run_trials(study, folder, plans, pool, tracker, searcher, configs, isolated)
-        else:
-            print("every trial of this study has ended: its report is made again", flush=True)
-        report = render_report(folder, num_trials)
-        artefacts = [report.html, *report.pictures, report.csv]
-        tracker.finish(artefacts, "KILLED" if searcher.num_open else "FINISHED")
+        report = render_report(folder, search.num_trials)
+        artefacts = [report.html, report.markdown, report.csv, *report.pictures]
+        num_open = sum(search.num_open for search in searches)
+        winner = best_trial(folder)[0] if search.num_complete else None
+        tracker.finish(artefacts, "KILLED" if num_open else "FINISHED", winner)
     print(f"\n{report.table}\n\n{report.verdict}\n")
-    print(f"{searcher.num_complete} of {num_trials} trials complete; this run took ", end="")
-    print(f"{time.monotonic() - started:.0f} s")
-    print(f"report   {folder.report / 'report.html'}")
+    for what, searched in zip(("trials", "runs over seeds"), searches, strict=False):
+        print(f"{searched.num_complete} of {searched.num_trials} {what} complete; ", end="")
+    seconds = time.monotonic() - started
+    print(f"this run took {seconds:.0f} s")
+    if stage.num_run:
+        print(pool.utilisation(seconds).line())
+    print(f"report   {report.html}")
     print(f"plans, adapters, results   {folder.trials}")
     print(tracker.describe(), flush=True)
-    return StudyOutcome(folder, num_trials, searcher.num_complete, searcher.num_open > 0)
+    if options.register and winner and not num_open:
+        print(f"registered   {register_winner(tracker, winner, options.register)}", flush=True)
+    num_failed = sum(search.num_failed for search in searches)
+    return StudyOutcome(folder, num_failed, num_open > 0)
 
 
-def _record_of(study: Study, space: str, folder: StudyFolder) -> StudyRecord:
-    """What study.json is to say; if there is one, it must say the same.
-
-    Raises:
-        ValueError: the folder belongs to another study.
-    """
-    record = StudyRecord(
+def record_of(study: Study, space: str, folder: StudyFolder) -> StudyRecord:
+    """What study.json is to say."""
+    return StudyRecord(
         name=folder.name,
         space=space,
         models=study.models,
@@ -100,48 +129,105 @@ def _record_of(study: Study, space: str, folder: StudyFolder) -> StudyRecord:
         objectives=study.objectives,
         budgets=study.budgets,
         seeds=study.seeds,
+        num_cells=len(study.cells),
+        quota=len(study.quota) // max(1, len(study.cells)),
+        sampler=study.sampler,
+        pruner=study.pruner,
+        max_parameters=study.max_parameters,
     )
-    if folder.record_file.exists() and folder.record() != record:
-        raise ValueError(
-            f"a study goes on only with the space it began with; {folder.path} was made from "
-            f"{folder.record().space}, with other models, tasks, objectives, budgets or seeds "
-            f"than {space} has now. Give this one another --study name."
+
+
+def require_same_record(folder: StudyFolder, record: StudyRecord) -> None:
+    """
+    Raises:
+        ChangedSpace: the folder belongs to another study; with what differs.
+    """
+    if not folder.record_file.exists():
+        return
+    old, new = folder.record().model_dump(mode="json"), record.model_dump(mode="json")
+    changed = [f"{key}: was {old[key]}, is {new[key]}" for key in new if old[key] != new[key]]
+    if changed:
+        raise ChangedSpace(
+            f"a study goes on only with the space it began with; {folder.path} differs in "
+            f"{'; '.join(changed)}. Go back to that, or give this one another --study name."
         )
-    return record
 
 
-def _run_trials(
-    study: Study,
-    folder: StudyFolder,
-    plans: Plans,
-    pool: Pool,
-    tracker: Tracker,
-    searcher: LedgerSearch,
-    configs: Sequence[TrialConfig],
-    isolated: bool,
-) -> None:
-    """Run what is left of the study, or what an interrupt lets it."""
+@dataclass
+class Stage:
+    """What the stages of a study share: each is a search over a ledger of its own.
+
+    Attributes:
+        num_run: trials that were to be run, in all stages so far.
+    """
+
+    plans: Plans
+    pool: Pool
+    tracker: Tracker
+    kinds: tuple[GroupSpec, ...]
+    options: Options
+    started: float
+    num_run: int = 0
+
+    def run(
+        self,
+        what: Literal["trials", "runs over seeds"],
+        study: Study,
+        folder: StudyFolder,
+        num_trials: int | None,
+    ) -> LedgerSearch:
+        """Run what is left of a stage, or what an interrupt lets it."""
+        search = LedgerSearch(
+            study,
+            folder,
+            self.plans,
+            self.pool,
+            num_trials,
+            storage=self.options.ledger,
+            open_slots=lambda: 1 + self.pool.open_slots(self.kinds),  # one waits at the door
+            is_over=self._is_over,
+            origin="point" if what == "trials" else "seeds",
+        )
+        self.tracker.mirror_all()
+        if not search.num_suggestions:
+            print(f"all {what} of this study have ended", flush=True)
+            return search
+        kind, remaining = self.kinds[0], search.num_suggestions
+        self.num_run += remaining
+        num_groups = min(remaining, slots(kind))
+        print(
+            f"study {folder.name}: {remaining} {what} to run, on {num_groups} worker group(s) of "
+            f"{kind.num_workers} worker(s)"
+            f"{', each on a fresh one' if self.options.isolated else ''}\nin {folder.path}",
+            flush=True,
+        )
+        if not self.options.isolated:
+            self.pool.warm(kind, num_groups)
+        with Progress(folder, self.pool, self.plans, self.tracker, search.num_trials) as progress:
+            self.plans.measure_profiles(given_configurations(study), self.pool)
+            _tune(search, folder, remaining, progress)
+        self.pool.require_healthy()
+        return search
+
+    def _is_over(self) -> bool:
+        hours = (time.monotonic() - self.started) / 3600
+        return self.options.max_hours is not None and hours > self.options.max_hours
+
+
+def _tune(search: LedgerSearch, folder: StudyFolder, remaining: int, progress: Progress) -> None:
     from ray import tune
     from ray.tune.logger import JsonLoggerCallback
 
-    remaining = searcher.num_suggestions
-    kinds = list(dict.fromkeys(GroupSpec.of(config.training) for config in configs))
-    concurrent = min(remaining, max(slots(kind) for kind in kinds))
-    print(
-        f"study {folder.name}: {remaining} trials to run, on {min(remaining, slots(kinds[0]))} "
-        f"worker group(s) of {kinds[0].num_workers} worker(s)"
-        f"{', each trial on a fresh one' if isolated else ''}\nin {folder.path}",
-        flush=True,
-    )
-    progress = Progress(folder, pool, plans, tracker, searcher.num_trials)
-    tuner = tune.Tuner(
+    def name(trial: Any) -> str:
+        return f"trial-{trial.config['trial']:05d}"
+
+    tune.Tuner(
         tune.with_resources(thin_trial, HEAD),
         tune_config=tune.TuneConfig(
-            search_alg=searcher,
+            search_alg=search,
             num_samples=remaining,
-            max_concurrent_trials=concurrent,
             reuse_actors=True,
-            trial_dirname_creator=lambda trial: f"trial-{trial.config['trial']:05d}",
+            trial_dirname_creator=name,
         ),
         run_config=tune.RunConfig(
             name="tune",
@@ -150,12 +236,4 @@ def _run_trials(
             callbacks=[progress, JsonLoggerCallback()],
             failure_config=tune.FailureConfig(max_failures=3),
         ),
-    )
-    with pool:
-        if not isolated:
-            pool.warm(kinds[0], min(remaining, slots(kinds[0])))
-        with progress:
-            plans.measure_profiles(configs[: len(study.points)], pool)
-            tuner.fit()
-        pool.require_healthy()
-    tracker.mirror_all()
+    ).fit()

@@ -90,8 +90,10 @@ def _train_on_a_group(run: Run, plans: Plans, config: TrialConfig, tracker: RunT
     folder, spec = run.folder, plans.group_spec(config)
     with Pool(run.name, folder.path / "ray") as pool, Pulse(pool, plans.num_steps(config)):
         pool.warm(spec, 1)
+        config, plan = _planned(run.choice, folder, plans, config, pool)
+        write_json(folder.plan_file, plan)
+        write_json(folder.config_file, config)
         tracker.mirror()
-        write_json(folder.plan_file, _plan(run.choice, folder, plans, config, pool))
         payload = {"config": config.model_dump_json(), "folder": str(folder.path)}
         if config.task.test_split:
             payload["test"] = "once, by the weights that are kept"
@@ -105,31 +107,34 @@ def _train_on_a_group(run: Run, plans: Plans, config: TrialConfig, tracker: RunT
             tracker.mirror()
 
 
-def _plan(
+def _planned(
     choice: Choice, folder: TrialFolder, plans: Plans, config: TrialConfig, pool: Pool
-) -> SharingPlan:
-    """That of the run itself, where it goes on; else the study's; else a new one. Says which.
+) -> tuple[TrialConfig, SharingPlan]:
+    """The run's own plan, where it goes on; else the study's; else a new one. Says which.
+
+    With the configuration at the plan's base rank.
 
     Raises:
         ValueError: the gradients can't be measured, or the plan doesn't fit.
     """
     if folder.plan_file.exists():
-        return folder.plan()
+        plan = folder.plan()
+        return config.model_copy(update={"plan": config.plan.at_rank(plan.options.r)}), plan
     profile = choice.profiles and Plans(choice.profiles).profile_file(config)
     if profile and profile.exists() and config.plan.needs_profile:
         write_text(plans.profile_file(config), profile.read_text(encoding="utf-8"))
     if choice.trial and choice.trial.plan_file.exists() and not choice.changed_parts:
         plan = choice.trial.plan()
         print(f"plan {plan.fingerprint()}: taken over from the study as it is", flush=True)
-        return plan
+        return config, plan
     try:
-        plan = plans.plan_for(config, pool)
+        config, plan = plans.planned(config, pool)
     except JobFailed as error:
         raise ValueError(f"the gradient profile could not be measured: {error}") from error
     changed = " and another ".join(choice.changed_parts)
     why = f" anew, since the study's trial has another {changed}" if changed else ""
     print(f"plan {plan.fingerprint()}: made{why}", flush=True)
-    return plan
+    return config, plan
 
 
 def _require_own_folder(folder: TrialFolder, config: TrialConfig) -> None:

@@ -11,9 +11,10 @@ from typing import Any
 from pydantic import BaseModel
 
 from e2lora.command import find_study
-from e2lora.config import Objective, TrialConfig
-from e2lora.records import StudyFolder, TrialFolder, TrialResult
+from e2lora.config import TrialConfig
+from e2lora.records import StudyFolder, TrialFolder
 from e2lora.search.points import configuration_of_words
+from e2lora.winner import best_trial
 
 TOP_FIELDS = ("seed",)
 """Fields of a configuration that are named without a dot; a space may suggest them too."""
@@ -108,30 +109,6 @@ def from_study(folder: StudyFolder, number: int | None, words: Mapping[str, Any]
     return Choice(config, source, label, trial, folder.profiles)
 
 
-def best_trial(folder: StudyFolder) -> tuple[TrialFolder, str]:
-    """The complete trial that is best by the study's first objective, and why it is.
-
-    Among equals the first one.
-
-    Raises:
-        ValueError: no trial is complete.
-    """
-    objective: Objective = folder.record().objectives[0]
-    scored: list[tuple[float, TrialFolder]] = []
-    for trial in folder.trial_folders():
-        result: TrialResult | None = trial.result()
-        if result is not None and result.state == "complete":
-            scored.append((result.value(objective.name), trial))
-    if not scored:
-        raise ValueError(
-            f"the best trial is one of those that are complete; study {folder.name!r} has none. "
-            "Let it go on (jobs/search.py), or choose a trial by --trial-number."
-        )
-    sign = 1 if objective.direction == "maximize" else -1
-    value, trial = max(scored, key=lambda pair: sign * pair[0])
-    return trial, f"the best of {len(scored)}: {objective.name} {value:.6g}"
-
-
 def with_fields(config: TrialConfig, fields: Mapping[str, Any]) -> TrialConfig:
     """``config`` with fields set that are named by their way from the top.
 
@@ -147,6 +124,8 @@ def with_fields(config: TrialConfig, fields: Mapping[str, Any]) -> TrialConfig:
             place[key] = {} if place.get(key) is None else place[key]
             place = place[key]
         place[last] = value
+    if "plan.r" in fields and "plan.target_parameters" not in fields:
+        tree["plan"]["target_parameters"] = None  # the rank is said, and follows from nothing
     training = {name.partition(".")[2] for name in fields if name.startswith("training.")}
     for pair in ALTERNATIVES:
         given = training & set(pair)

@@ -7,13 +7,17 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from e2lora.config import TrialConfig
-from e2lora.records import StudyRecord, TrialFolder
+from e2lora.config import PlanConfig, TrialConfig
+from e2lora.records import StudyRecord, TrialFolder, TrialResult
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
-RESULT_TAG, ERROR_TAG, NOTE_TAG = "e2lora.result", "e2lora.error", "mlflow.note.content"
+RESULT_TAG, STATE_TAG, FAILURE_TAG = "e2lora.result", "e2lora.state", "e2lora.failure"
+ERROR_TAG, NOTE_TAG = "e2lora.error", "mlflow.note.content"
+CHOSEN_TAG = "e2lora.chosen"
+STATUS = {"complete": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+"""How a trial ended → how MLflow says it; ``KILLED`` without a state: nobody trains it now."""
 LABELS = ("model", "task", "topology", "system", "seed")  # parameters that are tags as well
 PLAN_OPTIONS = {"topology", "r", "lora_alpha"}
 SPECIAL_PLAN_OPTIONS = {  # told where they are set: columns of defaults only slow the UI
@@ -25,10 +29,10 @@ SPECIAL_PLAN_OPTIONS = {  # told where they are set: columns of defaults only sl
     "similarity",
     "allocation",
     "beta",
-    "budget",
 }
 TRAINING_OPTIONS = {"learning_rate", "max_steps", "global_batch_size", "zero_stage", "num_workers"}
 SPECIAL_TRAINING_OPTIONS = {"num_epochs", "precision", "schedule", "packing"}
+DEFAULT_PLAN = PlanConfig()
 MOST_POINTS = 200
 """Of one series of steps: the UI draws no more than that, and a study has many series."""
 
@@ -66,6 +70,7 @@ def trial_params(config: TrialConfig) -> dict[str, str]:
     """What is worth an axis of MLflow's parallel plot; all the rest stands in trial.json."""
     model = config.model
     special = config.training.model_dump(include=SPECIAL_TRAINING_OPTIONS, exclude_defaults=True)
+    plan = config.plan
     values: dict[str, object] = {
         "model": f"{model.name}@{model.revision}" if model.revision else model.name,
         "task": config.task.display_name,
@@ -74,8 +79,10 @@ def trial_params(config: TrialConfig) -> dict[str, str]:
         "family": config.adapter.family,
         "target_modules": ", ".join(config.adapter.target_modules),
         **config.adapter.special_options,
-        **config.plan.model_dump(include=PLAN_OPTIONS),
-        **config.plan.model_dump(include=SPECIAL_PLAN_OPTIONS, exclude_defaults=True),
+        **plan.model_dump(include=PLAN_OPTIONS),
+        **plan.model_dump(include=SPECIAL_PLAN_OPTIONS, exclude_defaults=True),
+        **({"rank_budget": plan.budget} if plan.budget != DEFAULT_PLAN.budget else {}),
+        **({"budget": plan.target_parameters} if plan.target_parameters else {}),
         **config.training.model_dump(include=TRAINING_OPTIONS),
         **special,
     }
@@ -83,43 +90,72 @@ def trial_params(config: TrialConfig) -> dict[str, str]:
 
 
 def read_trial(
-    trial: TrialFolder, running: bool, series: Collection[str] | None = None
+    trial: TrialFolder,
+    running: bool,
+    series: Collection[str] | None = None,
+    judged: Collection[str] | None = None,
 ) -> Contents | None:
     """What the trial's run should hold; None while the trial has nothing on disk to show.
 
+    A metric by its bare name is final: only a whole trial has it. What evaluations on the way said
+    stands beside it by step, as ``validation/NAME``.
+
     Args:
         running: whether someone trains it, if it has no result.
-        series: which of those that have a value for each step; None: all.
+        series: which of those that have a value for each training step; None: all.
+        judged: which metrics of the evaluations on the way; None: all.
     """
     result, evaluations = trial.result(), trial.evaluations()
     config = trial.config() if trial.config_file.exists() else None
     if config is None and result is None:
         return None
     params = trial_params(config) if config else {}
-    tags = {name: params[name] for name in LABELS if params}
-    if trial.plan_file.exists():
+    planned = trial.plan_file.exists()
+    if config and config.plan.target_parameters and not planned:
+        params = {k: v for k, v in params.items() if k not in ("r", "lora_alpha")}  # not yet known
+    tags = {name: params[name] for name in LABELS if name in params}
+    if trial.suggestion_file.exists():
+        suggestion = trial.suggestion()
+        params["origin"] = suggestion.origin
+        if suggestion.chosen is not None:
+            tags[CHOSEN_TAG] = str(suggestion.chosen)
+    if planned:
         tags["plan_fingerprint"] = trial.plan().fingerprint()
-    points = {(name, e.step, value) for e in evaluations for name, value in e.metrics.items()}
+    points = {
+        (f"validation/{name}", evaluation.step, value)
+        for evaluation in evaluations
+        for name, value in evaluation.metrics.items()
+        if judged is None or name in judged
+    }
     known = config.training.max_steps if config else None
     for name, values in trial.steps().items():
         if series is None or name in series:
             points |= {(f"train/{name}", step, v) for step, v in thinned(values, known)}
     if not result:
         return Contents("RUNNING" if running else "KILLED", tags, params, points)
-    tags[RESULT_TAG] = result.fingerprint()
+    tags |= {RESULT_TAG: result.fingerprint(), STATE_TAG: result.state}
+    if result.failure:
+        tags[FAILURE_TAG] = result.failure
     if result.error:
         tags[ERROR_TAG] = tags[NOTE_TAG] = result.error[-4000:]
-    final = {"seconds": result.seconds, "attempts": result.attempts}
-    if result.state == "complete":  # a failed trial is not scored: it is no point on a front
-        final |= result.metrics
-        final |= {f"test/{name}": value for name, value in result.test_metrics.items()}
-        final["adapter_parameters"] = result.adapter_parameters
-        final["head_parameters"] = result.head_parameters
     last = evaluations[-1].step if evaluations else 0
-    if result.metrics and evaluations and result.metrics != evaluations[-1].metrics:
-        last += 1  # an earlier evaluation is kept, and MLflow shows what stands last
-    points |= {(name, last, float(value)) for name, value in final.items()}
-    return Contents("FINISHED" if result.state == "complete" else "FAILED", tags, params, points)
+    points |= {(name, last, float(value)) for name, value in _final_values(result).items()}
+    return Contents(STATUS[result.state], tags, params, points)
+
+
+def _final_values(result: TrialResult) -> dict[str, float]:
+    """Metrics that are compared: of a trial that isn't whole, what it cost and no score."""
+    cost: dict[str, float] = {"seconds": result.seconds, "attempts": result.attempts}
+    if result.state == "failed":
+        return cost
+    cost |= {
+        "adapter_parameters": result.adapter_parameters,
+        "head_parameters": result.head_parameters,
+    }
+    if result.state == "stopped":
+        return cost
+    tested = {f"test/{name}": value for name, value in result.test_metrics.items()}
+    return {**result.metrics, **tested, **cost}
 
 
 def thinned(

@@ -10,14 +10,21 @@ import sys
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from e2lora.tracking.contents import ERROR_TAG, NOTE_TAG, RESULT_TAG, Contents
+from e2lora.tracking.contents import (
+    ERROR_TAG,
+    FAILURE_TAG,
+    NOTE_TAG,
+    RESULT_TAG,
+    STATE_TAG,
+    Contents,
+)
 
 if TYPE_CHECKING:  # importing mlflow costs more than a second
     from mlflow import MlflowClient
@@ -29,6 +36,7 @@ DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # MLflow's own defaults wait for minutes
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # else two lines for every ended trial
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
 OUTAGE_PATIENCE = 5.0
@@ -84,7 +92,7 @@ class Store(ABC):
             self.experiment_id: str = experiment.experiment_id
         else:  # without a server, artefacts would land in whatever ./mlruns is at the time
             place = (self._home.parent / "mlflow-artifacts").as_uri()
-            location = place if _is_database(self.tracking_uri) else None
+            location = place if self.is_database else None
             self.experiment_id = self._client.create_experiment(EXPERIMENT, location)
         self._find_runs()
         self._connected = True
@@ -112,6 +120,22 @@ class Store(ABC):
             return False
         return True
 
+    @contextmanager
+    def asking(self, what: str) -> Iterator[MlflowClient]:
+        """For what is done on request, when there is no training to be kept alive.
+
+        Raises:
+            RuntimeError: MLflow doesn't answer, or refuses.
+        """
+        try:
+            yield self._client
+        except Exception as error:
+            raise RuntimeError(
+                f"MLflow must answer to {what}; {self._shown_uri} didn't do it: "
+                f"{_first_line(error)} All files are in {self._home}: correct what it says, and "
+                "ask again."
+            ) from error
+
     def _bring_up(self, held: Contents, wanted: Contents, artefacts: Sequence[Path]) -> None:
         """What the run lacks; of one that has ended the artefacts too, its status last of all."""
         result = wanted.tags.get(RESULT_TAG)
@@ -138,8 +162,9 @@ class Store(ABC):
         metrics = [Metric(name, value, now, step) for name, step, value in points]
         params = [Param(*item) for item in wanted.params.items() if item[0] not in held.params]
         tags = [RunTag(*item) for item in wanted.tags.items() - held.tags.items()]
-        if ERROR_TAG not in wanted.tags and held.tags.get(ERROR_TAG):
-            tags += [RunTag(ERROR_TAG, ""), RunTag(NOTE_TAG, "")]  # it was made up for since
+        lapsed = [STATE_TAG, FAILURE_TAG, ERROR_TAG]  # a trial that is tried again
+        lapsed += [NOTE_TAG] if held.tags.get(ERROR_TAG) else []  # else it is the user's own
+        tags += [RunTag(t, "") for t in lapsed if held.tags.get(t) and t not in wanted.tags]
         while len(metrics) > MOST_PER_BATCH:
             batch, metrics = metrics[:MOST_PER_BATCH], metrics[MOST_PER_BATCH:]
             self._client.log_batch(held.run_id, batch, synchronous=True)
@@ -170,9 +195,18 @@ class Store(ABC):
         query = f"tags.`{tag}` = {quote}{value}{quote}"
         return self._client.search_runs([self.experiment_id], query, max_results=10_000)
 
+    @property
+    def is_database(self) -> bool:
+        """Whether there is no server between."""
+        return _is_database(self.tracking_uri)
+
+    @property
+    def _shown_uri(self) -> str:
+        return _without_password(self.tracking_uri)
+
     def _describe(self, name: str, run_id: str) -> str:
         """Where to look: tracking URI, experiment, run, and the page or command that shows it."""
-        uri = _without_password(self.tracking_uri)
+        uri = self._shown_uri
         look = f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
         if uri.startswith("http"):
             look = f"{uri.rstrip('/')}/#/experiments/{self.experiment_id}/runs/{run_id}"
@@ -185,6 +219,8 @@ def _make_client(tracking_uri: str) -> MlflowClient:
 
     # They tell of schemas that are made, and of each retry and error; we get and tell the error.
     logging.getLogger("alembic").setLevel(logging.WARNING)
+    for name in ("mlflow.pyfunc", "mlflow.store.model_registry"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     retries = logging.getLogger("urllib3.connectionpool")
     retries.addFilter(lambda record: "/api/2.0/mlflow" not in record.getMessage())
