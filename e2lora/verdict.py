@@ -185,6 +185,13 @@ def _budget_lines(
         lacking = "no other system was tried" if has else f"{REFERENCE} was not tried"
         yield f"{heading}: {lacking}; nothing is compared."
         return
+    reference = comparisons[0].a
+    if reference.effort != section.quota:
+        yield (
+            f"{heading}: nothing is compared, since of a quota of {section.quota} tries "
+            f"{reference.system} has had {reference.effort}."
+        )
+        return
     for over_seeds in (True, False):
         for rows in ("test", "validation"):
             mine = [
@@ -194,8 +201,8 @@ def _budget_lines(
             ]
             if mine:
                 of = f"{rows} rows" if over_seeds else "exploratory, one trial each"
-                reference = described(mine[0].a, not over_seeds, mine[0].rows)
-                yield f"{heading}, {of}: {reference} against"
+                told = described(reference, not over_seeds, mine[0].rows)
+                yield f"{heading}, {of}: {told} against"
                 yield from (_compared(section, c) for c in mine)
     refused = [c for c in comparisons if not c.test]
     if refused:

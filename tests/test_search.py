@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from e2lora.adapters.storage import load_adapter
 from e2lora.evaluate import score_rows
 from e2lora.models import load_base
 from e2lora.records import StudyFolder, TrialFolder
+from e2lora.sections import read_study
 from e2lora.tasks import TrialData, load_task
 from e2lora.tasks.scores import outcomes_of
 
@@ -206,6 +209,78 @@ def test_interrupted_and_killed_studies_go_on_with_the_same_command(
     reference = StudyFolder(undisturbed / "results", NAME)
     for number in range(3):
         assert numbers_of(command.folder.trial(number)) == numbers_of(reference.trial(number))
+
+
+@pytest.mark.slow
+def test_driver_killed_three_times_leaves_twenty_trials_that_went_on_where_they_were(
+    tmp_path: Path,
+) -> None:
+    moments = random.Random(os.environ.get("PYTEST_SEED", "0"))
+    begun: dict[int, list[float]] = {}  # trial → seconds of the steps that it had made when killed
+    for share in (0.2, 0.5, 0.8):
+        command = Command(tmp_path, space="tests.twenty")
+        until = round(20 * share) + moments.randint(-2, 2)
+        command.wait_until(lambda c=command, n=until: c.num_ended() >= n, timeout=400)
+        time.sleep(moments.uniform(0.0, 3.0))
+        open_trials = [t for t in command.folder.trial_folders() if t.result() is None]
+        command.process.kill()
+        command.wait()
+        begun |= {t.number: t.steps()["seconds"] for t in open_trials if t.steps()}
+    command = Command(tmp_path, space="tests.twenty")
+    assert command.wait(400) == 0, command.log.read_text()
+    require_whole(tmp_path, command.folder, num_trials=20, steps=(6, 12, 18, 24))
+    assert begun, "no trial had come to a checkpoint: the moments prove nothing"
+    for number, seconds in begun.items():
+        after = command.folder.trial(number).steps()["seconds"]
+        assert after[: len(seconds)] == seconds, "its first steps were made once"
+    origins = [trial.suggestion().origin for trial in command.folder.trial_folders()]
+    assert origins == ["quota"] * 9 + ["point"] + ["sampler"] * 10
+
+
+@pytest.mark.slow
+def test_chosen_trials_run_again_over_seeds_and_are_tagged_so(tmp_path: Path) -> None:
+    """Interrupted in the second stage, it goes on there."""
+    command = Command(tmp_path, "--trials", "9", "--seeds", "2", space="tests.twenty")
+    runs = command.folder.seeds
+    command.wait_until(
+        lambda: any(t.result_file.exists() for t in runs.trial_folders()), timeout=400
+    )
+    command.process.kill()
+    command.wait()
+    command = Command(
+        tmp_path, "--trials", "9", "--seeds", "2", "--register", "winner", space="tests.twenty"
+    )
+    assert command.wait(400) == 0, command.log.read_text()
+    (section,) = read_study(command.folder).sections
+    chosen = {cell.chosen.number for cell in section.cells if cell.chosen}
+    assert len(chosen) == 3
+    trials = runs.trial_folders()
+    assert {t.suggestion().chosen for t in trials} == chosen | set(section.front)
+    for number in chosen:
+        mine = [t for t in trials if t.suggestion().chosen == number]
+        assert sorted(t.config().seed for t in mine) == [1, 2], "not the seed it was chosen at"
+        (system,) = {t.config().system for t in mine}
+        assert system == command.folder.trial(number).config().system
+    profiles = {t.plan().profile_fingerprint for t in trials if t.config().plan.needs_profile}
+    assert len(profiles) == 2, "each seed has its own gradients"
+    assert all(len(cell.runs) == 2 for cell in section.cells)
+    _, children = mirrored(tmp_path)
+    stages = Counter(child.data.tags["e2lora.stage"] for child in children)
+    assert stages == {"search": 9, "seeds": len(trials)}
+    log = command.log.read_text()
+    assert "registered   models:/winner/1" in log
+    assert "utilisation" in log
+
+
+@pytest.mark.slow
+def test_dry_run_tells_cells_and_hours_and_leaves_no_study(tmp_path: Path) -> None:
+    command = Command(tmp_path, "--dry-run", "--seeds", "5", space="tests.twenty")
+    assert command.wait(400) == 0, command.log.read_text()
+    log = command.log.read_text()
+    assert "35 trials, 10 of them the sampler's" in log  # 3 cells x (3 + 5), a point, 10 more
+    assert "18,432" in log
+    assert "worker-hours" in log
+    assert not command.folder.path.exists()
 
 
 @pytest.mark.slow
