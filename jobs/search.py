@@ -29,6 +29,11 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--dry-run", action="store_true", help="what it would cost; trains nothing")
     parser.add_argument("--max-hours", type=float, help="begin no trial after so many")
+    parser.add_argument(
+        "--retry-failed",
+        action="store_true",
+        help="trials that crashed, were lost or lacked memory",
+    )
     parser.add_argument("--sampler", help="tpe, nsga2, gp, random or grid (default: the study's)")
     parser.add_argument("--register", metavar="NAME", help="the winner, as a model in MLflow")
     parser.add_argument("--ledger", metavar="URL", help="a database for Optuna's trials")

@@ -74,10 +74,13 @@ def states(search: LedgerSearch) -> list[TrialState]:
     return [trial.state for trial in search._ledger.get_trials() if trial.state.value != 4]
 
 
-def finish(folder: StudyFolder, number: int, accuracy: float, state: Any = "complete") -> None:
+def finish(
+    folder: StudyFolder, number: int, accuracy: float, state: Any = "complete", failure: Any = None
+) -> None:
     result = TrialResult(
         number=number,
         state=state,
+        failure=failure,
         metrics={"accuracy": accuracy},
         adapter_parameters=10,
         head_parameters=2,
@@ -367,6 +370,30 @@ def test_no_trial_begins_when_the_hours_are_over(folder: StudyFolder, plans: Pla
     over = True
     assert search.suggest("b") == Searcher.FINISHED
     assert search.num_open == 3
+
+
+def test_trials_that_crashed_are_tried_again_where_that_is_asked_for(
+    folder: StudyFolder, plans: Plans
+) -> None:
+    study = replace(FAIR, points=(), grid={"learning_rate": (1e-3,)}, num_trials=4)
+    search = searcher(folder, plans, 4, study)
+    for n, failure in enumerate(["memory", "diverged", "lost", None]):
+        search.suggest(str(n))
+        finish(folder, n, 0.5, "failed" if failure else "complete", failure)
+        search.on_trial_complete(str(n), None)
+    assert searcher(folder, plans, 4, study).num_suggestions == 0
+    for _ in range(2):  # asked for twice, it is tried once
+        search = searcher(folder, plans, 4, study, retry_failed=True)
+        assert search.num_suggestions == 2
+    numbers = [search.suggest(name)["trial"] for name in "ab"]
+    assert numbers == [4, 5]
+    for number, original in zip(numbers, (0, 2), strict=True):
+        again, before = folder.trial(number), folder.trial(original)
+        assert again.config() == before.config()
+        assert again.suggestion().origin == "quota"
+        finish(folder, number, 0.75)
+    resumed = searcher(folder, plans, 4, study)
+    assert (resumed.num_open, resumed.num_failed) == (0, 1), "the one that diverged"
 
 
 # ---- what needs no training ----------------------------------------------------------------------

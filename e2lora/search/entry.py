@@ -22,6 +22,7 @@ class Words:
     dry_run: bool = False
     max_hours: float | None = None
     isolated: bool = False
+    retry_failed: bool = False
     ledger: str | None = None
     register: str | None = None
 
@@ -58,6 +59,7 @@ def _search(words: Words) -> int:
         num_trials=words.trials,
         num_seeds=words.seeds,
         isolated=words.isolated,
+        retry_failed=words.retry_failed,
         max_hours=words.max_hours,
         ledger=words.ledger,
         register=words.register,

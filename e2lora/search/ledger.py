@@ -31,7 +31,10 @@ from e2lora.search.unchanged import ChangedSpace, require_same
 MODES = {"maximize": "max", "minimize": "min"}
 MOST_ANSWERED = 50
 """Suggestions in a row that needed no training: there is nothing new to be had."""
-ANSWERED, TWIN_OF, ORIGIN = "answered", "twin_of", "origin"  # attributes of trials in the ledger
+ANSWERED, TWIN_OF, ORIGIN, RETRY_OF = "answered", "twin_of", "origin", "retry_of"
+"""Attributes of trials in the ledger."""
+WORTH_A_RETRY = ("memory", "error", "lost")
+"""Failures that another machine, or another day, may not have."""
 
 
 class Answered(Exception):
@@ -54,6 +57,8 @@ class LedgerSearch(OptunaSearch):
         open_slots: how many trials can run at once now.
         is_over: whether no further trial is to begin.
         origin: of the study's points.
+        retry_failed: give trials another number that failed for want of memory, by an error, or by
+            losing every attempt.
     """
 
     def __init__(
@@ -67,6 +72,7 @@ class LedgerSearch(OptunaSearch):
         open_slots: Callable[[], int] = lambda: 1,
         is_over: Callable[[], bool] = lambda: False,
         origin: Literal["point", "seeds"] = "point",
+        retry_failed: bool = False,
     ) -> None:
         self._study, self._folder, self._plans, self._pool = study, folder, plans, pool
         self._num_trials, self._open_slots, self._is_over = num_trials, open_slots, is_over
@@ -86,6 +92,8 @@ class LedgerSearch(OptunaSearch):
         self._ledger.sampler = sampler_of(study.sampler, study.seeds[0] + started)
         self._enqueue("quota", study.quota)
         self._enqueue(origin, study.points)
+        if retry_failed:
+            self._enqueue_failed()
         self._running: set[str] = set()  # Tune's names of trials that it has and that go on
         self._answered_in_a_row = 0
         self._known = _identities(folder)
@@ -96,8 +104,10 @@ class LedgerSearch(OptunaSearch):
 
     @property
     def num_trials(self) -> int:
-        """How many there shall be in all."""
-        return self._num_trials or len(self._of_study())
+        """How many there shall be in all; what is tried again counts twice."""
+        if self._num_trials is None:
+            return len(self._of_study())
+        return self._num_trials + len(self._retried())
 
     @property
     def num_suggestions(self) -> int:
@@ -115,7 +125,9 @@ class LedgerSearch(OptunaSearch):
 
     @property
     def num_failed(self) -> int:
-        return sum(trial.state == TrialState.FAIL for trial in self._of_study())
+        """Those that were tried again since are left out."""
+        failed = {t.number for t in self._of_study() if t.state == TrialState.FAIL}
+        return len(failed - self._retried())
 
     @property
     def num_complete(self) -> int:
@@ -133,7 +145,19 @@ class LedgerSearch(OptunaSearch):
         """Without suggestions that were answered."""
         return [trial for trial in self._trials() if ANSWERED not in trial.user_attrs]
 
+    def _retried(self) -> set[int]:
+        return {t.user_attrs[RETRY_OF] for t in self._trials() if RETRY_OF in t.user_attrs}
+
     # ---- suggestions --------------------------------------------------------------------------
+
+    def _enqueue_failed(self) -> None:
+        retried = self._retried()
+        for trial in self._of_study():
+            result = self._folder.trial(trial.number).result()
+            if result and result.failure in WORTH_A_RETRY and trial.number not in retried:
+                origin = trial.user_attrs.get(ORIGIN, "sampler")
+                attributes = {ORIGIN: origin, RETRY_OF: trial.number}
+                self._ledger.enqueue_trial(trial.params, user_attrs=attributes)
 
     def _enqueue(self, origin: str, points: Any) -> None:
         known = {_key(t.system_attrs.get("fixed_params", t.params)) for t in self._trials()}
@@ -347,8 +371,12 @@ def _identity(config: TrialConfig, plan: SharingPlan) -> str:
 
 def _identities(folder: StudyFolder) -> dict[str, int]:
     """Of the trials there are → their numbers."""
-    trials = [trial for trial in folder.trial_folders() if trial.plan_file.exists()]
-    return {trial.suggestion().identity: trial.number for trial in trials}
+    return {
+        trial.suggestion().identity: trial.number
+        for trial in folder.trial_folders()
+        if trial.plan_file.exists()
+        and not ((result := trial.result()) and result.failure in WORTH_A_RETRY)
+    }
 
 
 def _storage(folder: StudyFolder, url: str | None) -> BaseStorage:

@@ -40,6 +40,7 @@ class Options:
     num_trials: int | None = None
     num_seeds: int = 0
     isolated: bool = False
+    retry_failed: bool = False
     max_hours: float | None = None
     ledger: str | None = None
     register: str | None = None
@@ -187,6 +188,7 @@ class Stage:
             open_slots=lambda: 1 + self.pool.open_slots(self.kinds),  # one waits at the door
             is_over=self._is_over,
             origin="point" if what == "trials" else "seeds",
+            retry_failed=self.options.retry_failed,
         )
         self.tracker.mirror_all()
         if not search.num_suggestions:
