@@ -236,14 +236,14 @@ class Pool:
 
     def _as_held(self, name: str, busy: set[str], silences: dict[str, float]) -> Held:
         group, now = self._groups[name], time.monotonic()
-        if name in busy:
-            group.since = now
-            group.retiring |= self._isolated  # it ends after its job
         up = name in busy or silences.get(name, SILENT_SECONDS) < SILENT_SECONDS
         if up and group.up_since is None:
             group.up_since = now
             starting = self._starting.get(group.spec, 0.0) + now - group.since
             self._starting[group.spec] = starting
+        if name in busy:
+            group.since = now
+            group.retiring |= self._isolated  # it ends after its job
         return Held(
             name,
             group.spec,

@@ -187,7 +187,7 @@ def _kind_of(config: TrialConfig, spec: GroupSpec) -> tuple[object, ...]:
     """Trials that differ in nothing of this take about as long a step and an evaluation."""
     training = config.training
     return (
-        config.model,
+        config.model.fingerprint(),
         config.task.fingerprint(),
         config.adapter.family,
         spec,
