@@ -16,7 +16,6 @@ from optuna.trial import TrialState
 
 from e2lora.config import Pruner, Study, TrialConfig
 from e2lora.records import StudyFolder
-from e2lora.search.pruning import is_hopeless
 from e2lora.sections import read_study
 from tests.small import small_trial
 from tests.small import study as small_study
@@ -118,6 +117,7 @@ def test_stopped_trials_are_pruned_without_values_and_the_winner_stays(tmp_path:
     assert not scored & set(stopped), "only whole trials are compared"
 
 
+@pytest.mark.slow
 def test_trials_of_the_quota_are_never_stopped(tmp_path: Path) -> None:
     cells = ({"topology": "none", "r": 8}, {"topology": "all", "blocks": False, "r": 1})
     study = replace(
@@ -129,18 +129,3 @@ def test_trials_of_the_quota_are_never_stopped(tmp_path: Path) -> None:
     )
     search = run_synthetic(study, StudyFolder(tmp_path, "quota"), curve)
     assert search.num_complete == 8
-
-
-@pytest.mark.parametrize("name", ["asha", "median"])
-def test_pruner_ends_the_bad_and_keeps_the_good_whatever_runs_beside(name: Any) -> None:
-    pruner = Pruner(name=name, min_steps=2, reduction_factor=2)
-    better = [[(2, 0.6 + n / 100), (4, 0.7 + n / 100)] for n in range(6)]
-    running = [[(2, 0.65)]]
-    for direction, sign in (("maximize", 1.0), ("minimize", -1.0)):
-        signed = [[(s, sign * v) for s, v in c] for c in better]
-        others = [[(s, sign * v) for s, v in c] for c in running]
-        told: Any = (signed, others, pruner, direction)
-        assert is_hopeless([(2, sign * 0.1)], *told)
-        assert not is_hopeless([(2, sign * 0.9)], *told)
-    assert not is_hopeless([(1, 0.1)], better, running, pruner, "maximize"), "before min_steps"
-    assert not is_hopeless([(2, 0.1)], [], [], pruner, "maximize") or name == "asha"

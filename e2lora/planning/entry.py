@@ -115,12 +115,12 @@ def _require_nothing_else(words: Words, dry: bool) -> None:
 
 def _first_point(space: str) -> TrialConfig:
     study = find_study(space)
-    if not study.points:
+    if not study.given:
         raise ValueError(
             f"--space gives model, task and targets by its study's first point; {space!r} has no "
             "points. Add one, or name another space."
         )
-    return configuration_of_point(study, study.points[0])
+    return configuration_of_point(study, study.given[0])
 
 
 def plans_of(

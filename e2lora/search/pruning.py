@@ -42,19 +42,23 @@ def is_hopeless(
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(direction=direction, pruner=_pruner(pruner))
     for ended in complete:
-        study.tell(_told(study, ended), ended[-1][1])
+        trial, _ = _told(study, ended)
+        study.tell(trial, ended[-1][1])
     for other in others:
         _told(study, other)
-    return bool(_told(study, curve).should_prune())
+    return _told(study, curve)[1]
 
 
-def _told(study: optuna.Study, curve: Curve) -> optuna.Trial:
-    """A trial that was told all of a curve, and asked at each step, as asha keeps its rungs."""
-    trial = study.ask()
+def _told(study: optuna.Study, curve: Curve) -> tuple[optuna.Trial, bool]:
+    """A trial that was told all of a curve, and whether it should end at the last step.
+
+    The pruner is asked at each step, once: asha keeps its rungs so.
+    """
+    trial, should_end = study.ask(), False
     for step, value in curve:
         trial.report(value, step)
-        trial.should_prune()
-    return trial
+        should_end = bool(trial.should_prune())
+    return trial, should_end
 
 
 def _pruner(pruner: Pruner) -> BasePruner:
