@@ -314,14 +314,14 @@ class Pool:
     def _fit(self, name: str, spec: GroupSpec) -> None:
         """One Ray Train run; it restarts without limit, since failures are counted per job."""
         from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchConfig, TorchTrainer
+        from ray.train.torch import TorchConfig
 
         few, many = spec.min_workers, spec.num_workers
         num_workers: Any = many if few is None else (few, many)
         resources = {"CPU": spec.cpus_per_worker}
         if spec.gpus_per_worker:
             resources["GPU"] = spec.gpus_per_worker
-        trainer = TorchTrainer(
+        trainer = trainer_class()(
             _group_loop,
             train_loop_config={
                 "broker": self.broker_name,
@@ -355,6 +355,26 @@ def _request(spec: GroupSpec) -> str:
         f"one asks for {smallest(spec)} worker(s) of {spec.cpus_per_worker:g} CPU and "
         f"{spec.gpus_per_worker:g} GPU each"
     )
+
+
+def trainer_class() -> type:
+    """Ray's, without the helper that takes groups away whose controller it doesn't find.
+
+    That helper asks the Ray which was started last on this machine. With a second one there, of
+    another study, it finds no controller of ours, and every group dies. What it is there for is
+    done by :func:`_ends_when_unwanted`.
+    """
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.callbacks.placement_group_callback import (
+        PlacementGroupCleanerCallback,
+    )
+
+    class GroupTrainer(TorchTrainer):
+        def _create_default_callbacks(self) -> list[Any]:
+            callbacks = super()._create_default_callbacks()  # type: ignore[misc]
+            return [c for c in callbacks if not isinstance(c, PlacementGroupCleanerCallback)]
+
+    return GroupTrainer
 
 
 def _ends_when_unwanted(broker_name: str, name: str) -> Any:

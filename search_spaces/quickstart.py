@@ -37,9 +37,7 @@ def space(trial: Any) -> TrialConfig:
         task=TASK,
         plan=PlanConfig(**system.plan, r=8, lora_alpha=16, target_parameters=budget),
         adapter=AdapterConfig(target_modules=("query", "value"), **system.adapter),
-        training=TrainConfig(
-            max_steps=100, learning_rate=learning_rate, warmup_steps=10, eval_every=50
-        ),
+        training=TrainConfig(max_steps=60, learning_rate=learning_rate, warmup_steps=10),
     )
 
 
@@ -53,6 +51,6 @@ study = Study(
     ),
     budgets=BUDGETS,
     cells=cells(SYSTEMS, BUDGETS),
-    grid={"learning_rate": (2e-3, 5e-3)},
+    grid={"learning_rate": (3e-3, 1e-2)},
     num_trials=26,
 )

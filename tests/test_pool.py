@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from e2lora.broker import Job
 from e2lora.cluster import slots
 from e2lora.config import GroupSpec
-from e2lora.pool import JobFailed, Pool
+from e2lora.pool import JobFailed, Pool, trainer_class
 from e2lora.preflight import Plans
 from e2lora.records import TrialFolder
 from tests.small import small_trial
@@ -52,6 +52,15 @@ def test_number_of_groups_follows_from_the_cluster() -> None:
     assert slots(ONE.model_copy(update={"cpus_per_worker": 2})) == 1
     assert slots(ONE.model_copy(update={"gpus_per_worker": 0.5})) == 0
     assert slots(ONE.model_copy(update={"num_workers": 8, "min_workers": 2})) == 1
+
+
+def test_no_group_is_taken_away_by_what_asks_another_ray_for_its_controller() -> None:
+    def names(trainer: type) -> set[str]:
+        return {type(callback).__name__ for callback in trainer(print)._create_default_callbacks()}
+
+    from ray.train.torch import TorchTrainer
+
+    assert names(TorchTrainer) - names(trainer_class()) == {"PlacementGroupCleanerCallback"}
 
 
 def test_group_that_can_not_start_is_an_error_and_not_a_wait(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def chosen(*words: str, space: str = QUICKSTART) -> TrialConfig:
 
 
 def test_no_words_are_the_first_point() -> None:
-    assert chosen() == quickstart.space(Suggesting(system="LoRA", budget=SMALL, learning_rate=2e-3))
+    assert chosen() == quickstart.space(Suggesting(system="LoRA", budget=SMALL, learning_rate=3e-3))
 
 
 class Suggesting:
@@ -64,10 +64,10 @@ class Suggesting:
 @pytest.mark.parametrize(
     ("words", "suggestions"),
     [
-        (["system=E²LoRA"], {"system": "E²LoRA", "budget": SMALL, "learning_rate": 2e-3}),
+        (["system=E²LoRA"], {"system": "E²LoRA", "budget": SMALL, "learning_rate": 3e-3}),
         (
             ["system=E²LoRA", f"budget={LARGE}"],
-            {"system": "E²LoRA", "budget": LARGE, "learning_rate": 2e-3},
+            {"system": "E²LoRA", "budget": LARGE, "learning_rate": 3e-3},
         ),
         (["learning_rate=0.005"], {"system": "LoRA", "budget": SMALL, "learning_rate": 5e-3}),
     ],
