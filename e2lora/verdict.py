@@ -218,7 +218,8 @@ def _compared(section: Section, c: Comparison) -> str:
     sizes = f"{c.test.n:,} items"
     if not c.one_seed:
         sizes = f"{c.test.num_seeds} seeds x {sizes}"
-    why = f" Not over seeds, since {c.one_seed}." if c.one_seed else ""
+    lacking = c.one_seed if section.runs else ""  # else it is the same for all, and said above
+    why = f" Not over seeds, since {lacking}." if lacking else ""
     return (
         f"- {described(c.b, bool(c.one_seed), c.rows)}: difference "
         f"{c.test.difference:+.4f} (95 % interval {low:+.4f} to {high:+.4f}, {sizes}), "
