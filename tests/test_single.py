@@ -85,6 +85,7 @@ def test_words_with_a_dot_set_fields_of_the_configuration() -> None:
         "training.num_workers=4",
         "plan.lora_alpha=8.0",
         "model.config_overrides.hidden_dropout_prob=0.0",
+        "training.eval_every=50",
         'training.early_stopping={"patience": 2}',
         "training.deepspeed.zero_optimization.overlap_comm=false",
         "task.data=some/where",
