@@ -77,7 +77,7 @@ def test_evaluations_that_were_heard_of_at_once_are_taken_to_cost_half_of_the_re
     assert apart.seconds(8, 4) == 20.0, "of itself it says what it took"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_estimate_is_within_half_as_much_again_of_what_trials_take(tmp_path: Path) -> None:
     import ray
 

@@ -15,7 +15,7 @@ from ray.cluster_utils import Cluster
 from e2lora.pool import Pool
 from tests.test_pool import require_all_free, trial_job
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 
 @pytest.fixture

@@ -124,7 +124,7 @@ def test_kind_that_there_are_no_nodes_for_is_told_of_and_in_the_end_an_error(
     require_all_free(2)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_kinds_follow_one_another_and_a_failed_job_leaves_its_group_usable(
     tmp_path: Path,
 ) -> None:

@@ -70,7 +70,7 @@ def hypervolume(folder: StudyFolder) -> float:
     return float(compute_hypervolume(losses, np.array([1.0, 1.0])))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_tpe_finds_a_better_front_than_random_at_equal_trials(tmp_path: Path) -> None:
     volumes: dict[str, list[float]] = {"tpe": [], "random": []}
     for sampler, found in volumes.items():

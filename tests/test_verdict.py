@@ -85,7 +85,7 @@ def test_planted_gap_of_3_points_is_found() -> None:
     assert sum(found) >= 36
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("num_items", "num_seeds", "seed_spread"),
     [(300, 5, 0.02), (1000, 5, 0.06), (1000, 5, 0.2), (300, 3, 0.2)],
