@@ -7,13 +7,20 @@ reads or writes a file.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
 from e2lora.config import AdapterConfig, Objective, PlanConfig, TrialConfig, system_name
 from e2lora.pseudo import PSEUDO_METRICS
-from e2lora.statistics import Interval, is_binary, pareto_front, proportion_interval
+from e2lora.statistics import (
+    ANYWHERE,
+    SHARES,
+    Interval,
+    is_binary,
+    pareto_front,
+    proportion_interval,
+)
 
 REFERENCE = system_name(PlanConfig(topology="e2"), AdapterConfig(target_modules=("any",)))
 
@@ -81,6 +88,11 @@ def _is_mean(value: float | None, outcomes: tuple[float, ...] | None) -> bool:
         return False
     mean = math.fsum(outcomes) / len(outcomes)
     return math.isclose(mean, value, rel_tol=1e-6, abs_tol=1e-6)
+
+
+def range_of(trials: Iterable[Scored]) -> Interval:
+    """Where the metric of these trials can lie, as far as their outcomes tell."""
+    return SHARES if all(trial.interval for trial in trials) else ANYWHERE
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from e2lora.config import AdapterConfig, PlanConfig, system_name
-from e2lora.scored import REFERENCE, Cell, Scored, Section
-from e2lora.statistics import Interval, mean_and_sd, seed_interval
+from e2lora.scored import REFERENCE, Cell, Scored, Section, range_of
+from e2lora.statistics import ANYWHERE, Interval, mean_and_sd, seed_interval
 from e2lora.tables import Table
 
 _ANY = AdapterConfig(target_modules=("any",))
@@ -41,11 +41,11 @@ class Spread:
     interval: Interval | None = None
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
+    def of(cls, values: Sequence[float], within: Interval = ANYWHERE) -> Spread:
         """Of at least one value; a single one has no spread."""
         if len(values) == 1:
             return cls(1, values[0])
-        return cls(len(values), *mean_and_sd(values), seed_interval(values))
+        return cls(len(values), *mean_and_sd(values), seed_interval(values, within=within))
 
     def told(self) -> str:
         """
@@ -64,7 +64,7 @@ def runs_of(section: Section, trial: Scored) -> list[Scored]:
 def spread_of(section: Section, trial: Scored) -> Spread | None:
     """Over seeds; None where the configuration has no runs over them."""
     runs = runs_of(section, trial)
-    return Spread.of([run.value for run in runs]) if runs else None
+    return Spread.of([run.value for run in runs], range_of(runs)) if runs else None
 
 
 def representatives(section: Section) -> list[Scored]:

@@ -29,6 +29,10 @@ class Interval(NamedTuple):
     high: float
 
 
+ANYWHERE, SHARES = Interval(-np.inf, np.inf), Interval(0.0, 1.0)
+"""Ranges of a metric: of any, and of a share of items."""
+
+
 @dataclass(frozen=True)
 class PairedTest:
     """Whether two systems differ on the same n items: ``difference`` is mean(a) − mean(b).
@@ -271,10 +275,15 @@ def _table(outcomes: Sequence[ArrayLike] | ArrayLike) -> NDArray[np.float64]:
     return table
 
 
-def seed_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
+def seed_interval(
+    values: Sequence[float], confidence: float = 0.95, within: Interval = ANYWHERE
+) -> Interval:
     """Student's interval of the mean of one number per seed: how far other seeds might move it.
 
     It covers the variance between training runs, on the items that there are.
+
+    Args:
+        within: what the mean can be, as ``SHARES``: the interval goes no further.
 
     Raises:
         ValueError: fewer than two seeds.
@@ -285,7 +294,7 @@ def seed_interval(values: Sequence[float], confidence: float = 0.95) -> Interval
     """
     mean, sd = mean_and_sd(values)
     half = -special.stdtrit(len(values) - 1, (1 - confidence) / 2) * sd / np.sqrt(len(values))
-    return Interval(float(mean - half), float(mean + half))
+    return Interval(max(float(mean - half), within.low), min(float(mean + half), within.high))
 
 
 def mean_and_sd(values: Sequence[float]) -> tuple[float, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from e2lora.comparisons import NUM_DRAWS, Rows, is_random, num_draws, values_by_seed
-from e2lora.scored import Cell
+from e2lora.scored import Cell, range_of
 from e2lora.statistics import mean_and_sd, seed_interval
 
 TOLERANCE = 0.05  # of a cell's parameters from its budget, before it is said
@@ -28,7 +28,7 @@ def spread_of(cell: Cell, rows: Rows) -> str:
     if len(by_seed) < 2:
         return f"{next(iter(by_seed.values())):.4f} with one seed"
     mean, sd = mean_and_sd(list(by_seed.values()))
-    low, high = seed_interval(list(by_seed.values()))
+    low, high = seed_interval(list(by_seed.values()), within=range_of(cell.runs))
     return (
         f"mean {mean:.4f}, sd {sd:.4f} over {len(by_seed)} seeds (95 % interval {low:.4f} to "
         f"{high:.4f})"

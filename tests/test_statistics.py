@@ -16,6 +16,7 @@ from scipy import stats
 
 from e2lora.crossed import CrossedVariance
 from e2lora.statistics import (
+    SHARES,
     holm,
     mean_and_sd,
     paired_over_seeds,
@@ -314,6 +315,7 @@ def test_interval_over_seeds_is_students() -> None:
     values = [0.81, 0.84, 0.79, 0.85, 0.82]
     expected = stats.ttest_1samp(values, 0).confidence_interval()
     assert np.allclose(seed_interval(values), expected)
+    assert seed_interval([0.4, 0.9], within=SHARES) == (0.0, 1.0), "no share lies beyond"
     assert np.allclose(mean_and_sd(values), (np.mean(values), np.std(values, ddof=1)))
     with pytest.raises(ValueError, match="at least 2 of them; got 1"):
         seed_interval([0.8])
