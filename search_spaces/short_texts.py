@@ -1,8 +1,8 @@
 """MiniLM-L6 on three sets of short texts: every way to share, at three sizes.
 
 Sentiment of posts and reviews (VADER's), of film reviews (SST-2), and kinds of questions (TREC).
-Eight systems meet at three budgets on each, at the same two learning rates; the study of
-docs/search.md, which `--seeds 5` completes. SST-2 and TREC come from the hub, or a mirror of it
+Eight systems meet at three budgets on each, at the same two learning rates; `--seeds 5` completes
+the study. SST-2 and TREC come from the hub, or a mirror of it
 (docs/tasks.md).
 """
 
