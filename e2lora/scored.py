@@ -22,6 +22,7 @@ from e2lora.statistics import (
     proportion_interval,
 )
 
+TOLERANCE = 0.05  # of a cell's parameters from its budget, before it is said
 REFERENCE = system_name(PlanConfig(topology="e2"), AdapterConfig(target_modules=("any",)))
 
 
@@ -134,6 +135,11 @@ class Cell:
     def deviation(self) -> float:
         """Of the parameters from the budget, as a share of it."""
         return (self.chosen.parameters - self.budget) / self.budget if self.chosen else math.nan
+
+    @property
+    def misses_budget(self) -> bool:
+        """Whether by so much that it must be said."""
+        return abs(self.deviation) > TOLERANCE
 
 
 @dataclass(frozen=True)

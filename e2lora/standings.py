@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from e2lora.config import AdapterConfig, PlanConfig, system_name
-from e2lora.scored import REFERENCE, Cell, Scored, Section, range_of
+from e2lora.scored import REFERENCE, TOLERANCE, Cell, Scored, Section, range_of
 from e2lora.statistics import ANYWHERE, Interval, mean_and_sd, seed_interval
 from e2lora.tables import Table
 
@@ -17,7 +17,6 @@ CONTROLS = tuple(
     system_name(plan, _ANY)
     for plan in (PlanConfig(topology="random", partition_seed=0), PlanConfig(topology="matched"))
 )
-TOLERANCE = 0.05  # of parameters from their budget, before it is pointed at
 BUDGET_COLUMNS = ("budget", "system", "r", "learning rate", "parameters", "tries")
 SEED_COLUMNS = ("over seeds: mean ± sd (n)", "95 % interval", "test")
 TRIAL_COLUMNS = ("", "system", "r", "learning rate", "budget", "parameters")
@@ -123,7 +122,7 @@ def _cell_row(section: Section, cell: Cell | None) -> tuple[str, ...]:
     tries = f"{cell.effort} of {section.quota}" + (f", {failed} diverged" if failed else "")
     if cell.chosen is None:
         return ("", "", "", tries, "no complete try", "", "", "", "")
-    away = f" ({100 * cell.deviation:+.0f} %)" if abs(cell.deviation) > TOLERANCE else ""
+    away = f" ({100 * cell.deviation:+.0f} %)" if cell.misses_budget else ""
     parameters = f"{cell.chosen.parameters:,}{away}"
     return _trial_row(section, cell.chosen, parameters, tries)
 
@@ -154,7 +153,7 @@ def _budget_notes(section: Section) -> Iterable[str]:
             f"{section.metric.name}: the best of the quota, one seed each; tries: how many of the "
             "quota's trials of full length have ended; time: of that trial."
         )
-        if any(abs(cell.deviation) > TOLERANCE for cell in section.cells):
+        if any(cell.misses_budget for cell in section.cells):
             yield f"In brackets: how far a budget is missed, where by over {100 * TOLERANCE:g} %."
     if any(t.budget is None for t in section.trials) and section.cells:
         yield "Budget none: systems without a target; the best trial of each."

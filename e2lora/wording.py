@@ -6,8 +6,6 @@ from e2lora.comparisons import NUM_DRAWS, Rows, is_random, num_draws, values_by_
 from e2lora.scored import Cell, range_of
 from e2lora.statistics import mean_and_sd, seed_interval
 
-TOLERANCE = 0.05  # of a cell's parameters from its budget, before it is said
-
 
 def named(cell: Cell) -> str:
     return f"{cell.system} at {cell.budget:,}"
@@ -16,7 +14,7 @@ def named(cell: Cell) -> str:
 def size_of(cell: Cell) -> str:
     assert cell.chosen
     text = f"{cell.chosen.parameters:,} parameters"
-    if abs(cell.deviation) > TOLERANCE:
+    if cell.misses_budget:
         side = "above" if cell.deviation > 0 else "below"
         text += f", {abs(cell.deviation):.0%} {side} the budget"
     return text

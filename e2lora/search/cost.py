@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 from e2lora.config import Study
@@ -20,12 +21,15 @@ def dry_run(study: Study, storage: Path, num_trials: int | None, num_seeds: int)
     """
     require_sound(study)
     storage = storage.expanduser().resolve()
-    plans = Plans(storage / "profiles")
-    checked_configurations(study, plans)
+    storage.mkdir(parents=True, exist_ok=True)
     num_further = max(0, (num_trials or 0) - len(study.given))
-    with Pool("dry-run", storage / "ray") as pool:
-        planned = _planned(study, plans, pool, num_seeds)
-        told = estimate(planned, num_further, plans, pool, storage)
+    with tempfile.TemporaryDirectory(prefix=".dry-run-", dir=storage) as name:
+        passing = Path(name)
+        plans = Plans(passing / "profiles")
+        checked_configurations(study, plans)
+        with Pool("dry-run", passing / "ray") as pool:
+            planned = _planned(study, plans, pool, num_seeds)
+            told = estimate(planned, num_further, plans, pool, passing)
     seeds = "" if num_seeds else "; with --seeds 5 each cell would have five runs more, or so"
     return f"{told.table()}\nnothing was trained (dry run){seeds}"
 

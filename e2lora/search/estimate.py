@@ -9,7 +9,7 @@ The call, before anything of the study runs::
 ``planned`` holds a :class:`Planned` for each cell (its ``num_trials``: the values of the grid) and
 for each point; ``num_further``: trials of the sampler beyond them, taken to cost as much as the
 others on average. Nothing is recorded in the study; gradient profiles that plans need are measured
-and kept, as the study would.
+and stay in the cache of profiles, where the study finds them.
 """
 
 from __future__ import annotations

@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from e2lora.comparisons import NUM_DRAWS
 from e2lora.config import Study, TrialConfig
 from e2lora.records import StudyFolder
 from e2lora.scored import Section
 from e2lora.sections import read_study
 
 MOST = 10**6  # bounds of suggestions: they must not change when a study is extended
-FEWEST_DRAWS = 5
-"""Of a random partition: one draw may be lucky."""
 
 
 def study_over_seeds(study: Study, folder: StudyFolder, num_seeds: int) -> Study:
@@ -58,7 +57,7 @@ def chosen_numbers(sections: Iterable[Section]) -> list[int]:
 
 def num_runs(config: TrialConfig, num_seeds: int) -> int:
     """Of a chosen configuration: every draw of a random partition is a run."""
-    return max(num_seeds, FEWEST_DRAWS) if config.plan.topology == "random" else num_seeds
+    return max(num_seeds, NUM_DRAWS) if config.plan.topology == "random" else num_seeds
 
 
 def _seeds_of(config: TrialConfig, num_seeds: int) -> list[int]:
