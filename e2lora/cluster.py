@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 from e2lora.config import GroupSpec
 from e2lora.fleet import Node, smallest
+
+Answer = TypeVar("Answer")
 
 HEAD = {"node:__internal_head__": 0.001}
 """Places what needs no CPU on the head node; it runs though groups hold every CPU."""
@@ -122,41 +124,61 @@ def require_fits(spec: GroupSpec) -> None:
         )
 
 
-def require_shared_storage(path: Path) -> None:
-    """With several nodes, what one writes the others must see.
+@dataclass(frozen=True)
+class Heard(Generic[Answer]):
+    """What one node answered, or why it didn't."""
 
-    Raises:
-        ValueError: naming the nodes that don't.
+    address: str
+    is_head: bool
+    cpus: float
+    gpus: float
+    answer: Answer | None
+    error: str | None = None
+
+
+def on_every_node(
+    ask: Callable[..., Answer], *arguments: Any, seconds: float = 120.0
+) -> list[Heard[Answer]]:
+    """Call a function on every node at once, each time in a process that ends with it.
+
+    On a cluster of one node it is called here.
+
+    Args:
+        seconds: after which a node counts as one that doesn't answer.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    if len(nodes) < 2:
-        return
-    path.mkdir(parents=True, exist_ok=True)
-    token = path / f".shared-{os.getpid()}"
-    token.touch()
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    if len(alive) == 1:
+        return [_heard(alive[0], alive, ask(*arguments))]
+    asked = ray.remote(num_cpus=0, max_calls=1, max_retries=0)(ask)
+    asking = []
+    for node in alive:
+        there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        asking.append(asked.options(scheduling_strategy=there).remote(*arguments))
+    ready, _ = ray.wait(asking, num_returns=len(asking), timeout=seconds)
+    heard = []
+    for node, answer in zip(alive, asking, strict=True):
+        if answer not in ready:
+            ray.cancel(answer, force=True)
+            heard.append(_heard(node, alive, None, f"no answer within {seconds:.0f} s"))
+            continue
+        try:
+            heard.append(_heard(node, alive, ray.get(answer)))
+        except ray.exceptions.RayError as error:
+            heard.append(_heard(node, alive, None, str(error).strip().splitlines()[-1]))
+    return heard
 
-    @ray.remote(num_cpus=0)
-    def sees(file: str) -> bool:
-        return os.path.exists(file)
 
-    try:
-        seen = ray.get(
-            [
-                sees.options(
-                    scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-                ).remote(str(token))
-                for node in nodes
-            ],
-            timeout=60,
-        )
-    finally:
-        token.unlink()
-    blind = [node["NodeManagerAddress"] for node, ok in zip(nodes, seen, strict=True) if not ok]
-    if blind:
-        raise ValueError(
-            f"on several nodes, all must share the storage path; {path} isn't seen from "
-            f"{', '.join(blind)}. Give --storage a folder on a shared file system (NFS, EFS, …)."
-        )
+def _heard(
+    node: Mapping[str, Any],
+    all_nodes: Sequence[Mapping[str, Any]],
+    answer: Any,
+    error: str | None = None,
+) -> Heard[Any]:
+    address, have = node["NodeManagerAddress"], node["Resources"]
+    if sum(other["NodeManagerAddress"] == address for other in all_nodes) > 1:
+        address = f"{address}#{node['NodeID'][:6]}"
+    is_head = "node:__internal_head__" in have
+    return Heard(address, is_head, have.get("CPU", 0), have.get("GPU", 0), answer, error)

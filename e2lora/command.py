@@ -118,8 +118,22 @@ def held_alone(folder: Path, what: str, option: str) -> Iterator[None]:
         ) from error
 
 
-def default_storage() -> Path:
-    """``results`` here; for a submitted job, whose folder is a passing copy, in the home folder."""
+def storage_folder(given: Path | None) -> Path:
+    """What --storage names, else ``results`` here; for a submitted job, whose folder is a passing
+    copy, in the home folder.
+
+    Raises:
+        ValueError: a URL.
+    """
+    if given is not None:
+        if scheme := re.match(r"([a-z][a-z0-9]+):/", str(given)):
+            raise ValueError(
+                "--storage must be a folder that all nodes share, for files are renamed, appended "
+                f"to and locked there; got a place on {scheme[1]}. Mount a shared file system "
+                "(NFS, EFS, Filestore, FSx, JuiceFS …) and name its folder; MLflow's artefacts may "
+                "lie in an object store."
+            )
+        return given
     here = Path.cwd()
     return Path.home() / "e2lora-results" if is_thrown_away(here) else here / "results"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +12,8 @@ import ray
 from ray.cluster_utils import Cluster
 
 from e2lora import cluster as checks
+from e2lora.checkup import require_sound_cluster
+from e2lora.checkup.node import NodeFacts, facts_here, notes_missing
 from e2lora.config import GroupSpec
 from tests.small import small_trial
 
@@ -65,17 +69,62 @@ def test_cluster_of_fixed_nodes_does_not_grow() -> None:
     assert not checks.may_grow_for(GroupSpec.of(small_trial().training))
 
 
+def test_every_node_is_asked_and_has_a_name_of_its_own() -> None:
+    heard = checks.on_every_node(_twice, 21)
+    assert [one.answer for one in heard] == [42, 42]
+    assert len({one.address for one in heard}) == 2
+    assert [(one.cpus, one.is_head) for one in sorted(heard, key=lambda one: one.cpus)] == [
+        (1, True),
+        (3, False),
+    ]
+
+
+def test_node_that_fails_or_is_silent_is_told_with_the_reason() -> None:
+    heard = checks.on_every_node(_fails)
+    assert [one.answer for one in heard] == [None, None]
+    assert all("no such thing" in (one.error or "") for one in heard)
+    heard = checks.on_every_node(time.sleep, 60.0, seconds=0.5)
+    assert {one.error for one in heard} == {"no answer within 0 s"}
+
+
 def test_storage_that_all_nodes_see_is_accepted_and_left_as_it_was(tmp_path: Path) -> None:
-    storage = tmp_path / "new" / "storage"
-    checks.require_shared_storage(storage)
-    assert list(storage.iterdir()) == []
+    require_sound_cluster(tmp_path / "new" / "storage", [GroupSpec.of(small_trial().training)])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_storage_that_a_node_does_not_see_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A file that is gone when the nodes look stands for one on a disk they don't share."""
-    monkeypatch.setattr(Path, "touch", lambda self: None)
-    monkeypatch.setattr(Path, "unlink", lambda self: None)
+    """A folder that is another on each node stands for one on a disk they don't share."""
+    monkeypatch.setattr("e2lora.checkup.facts_here", _facts_in_a_folder_of_its_own)
+    monkeypatch.setattr("e2lora.checkup.notes_missing", _looks_without_patience)
     with pytest.raises(ValueError, match=r"all must share the storage path.*Give --storage"):
-        checks.require_shared_storage(tmp_path)
+        require_sound_cluster(tmp_path, [])
+
+
+def test_storage_that_a_node_cannot_write_to_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("e2lora.checkup.facts_here", _facts_of_a_folder_that_is_not_there)
+    with pytest.raises(ValueError, match=r"must be able to write to .*FileNotFoundError.*Mount it"):
+        require_sound_cluster(tmp_path, [])
+
+
+def _twice(number: int) -> int:
+    return 2 * number
+
+
+def _fails() -> None:
+    raise ValueError("no such thing")
+
+
+def _facts_in_a_folder_of_its_own(storage: str, look_at_gpus: bool) -> NodeFacts:
+    return facts_here(tempfile.mkdtemp(), look_at_gpus)
+
+
+def _looks_without_patience(storage: str, notes: list[str]) -> list[str]:
+    return notes_missing(storage, notes, patience=0.0)
+
+
+def _facts_of_a_folder_that_is_not_there(storage: str, look_at_gpus: bool) -> NodeFacts:
+    return facts_here(f"{storage}/nowhere", look_at_gpus)

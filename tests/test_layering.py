@@ -46,6 +46,7 @@ PURE = (
 # line don't import each other.
 ROOMS = (
     *PURE,
+    "memory",
     "assets",
     "command",
     "partitioned",
@@ -148,6 +149,9 @@ ROOMS = (
     "resident",
     "worker",
     "cluster",
+    "checkup.node",
+    "checkup.findings",
+    "checkup",
     "recording",
     "utilisation",
     "pool",
@@ -167,6 +171,7 @@ ROOMS = (
     "search.cost",
     "search.study",
     "search.entry",
+    "checkup.entry",
     "single.choice",
     "single.progress",
     "single",

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from e2lora.command import default_storage
+from e2lora.command import storage_folder
 from e2lora.config import (
     AdapterConfig,
     AnyTaskConfig,
@@ -215,7 +215,7 @@ def _default_folder(profile: GradientProfile) -> Path:
     paths = [entry.target.path for entry in profile.layers]
     key = fingerprint_of([p.model, p.model_fingerprint, p.task, p.seed, paths])[:6]
     name = _file_name(title_of(p.model, p.task).replace(" on ", "-"))
-    return default_storage() / "plans" / f"{name}-{key}"
+    return storage_folder(None) / "plans" / f"{name}-{key}"
 
 
 def _folder(out: Path) -> Path:
@@ -260,14 +260,15 @@ def _measured(request: Request) -> GradientProfile:
 def _measured_on_workers(config: TrialConfig) -> GradientProfile:
     """On a group of a Ray cluster, each worker on its share of the rows."""
     from e2lora.broker import Job
-    from e2lora.cluster import connect, require_fits, require_shared_storage
+    from e2lora.checkup import require_sound_cluster
+    from e2lora.cluster import connect, require_fits
     from e2lora.pool import Pool
 
     connect()
     spec = GroupSpec.of(config.training)
     require_fits(spec)
     with tempfile.TemporaryDirectory(prefix="e2lora-plan-", dir=Path.cwd()) as folder:
-        require_shared_storage(Path(folder))
+        require_sound_cluster(Path(folder), [spec])
         file = Path(folder) / "profile.json"
         print(f"measuring on {spec.num_workers} workers", file=sys.stderr)
         with Pool("plan", Path(folder) / "ray") as pool:

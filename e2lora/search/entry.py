@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from e2lora.cluster import connect, is_of_the_cluster
-from e2lora.command import default_storage, find_study, require_name, run_for_user
+from e2lora.command import find_study, require_name, run_for_user, storage_folder
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def _search(words: Words) -> int:
     from e2lora.search.cost import dry_run
     from e2lora.search.study import Options, run_study
 
-    storage = words.storage or default_storage()
+    storage = storage_folder(words.storage)
     options = Options(
         num_trials=words.trials,
         num_seeds=words.seeds,

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from e2lora.cluster import HEAD, require_shared_storage, slots
+from e2lora.checkup import require_sound_cluster
+from e2lora.cluster import HEAD, slots
 from e2lora.command import held_alone
 from e2lora.config import GroupSpec, Study
 from e2lora.pool import Pool
@@ -80,16 +81,16 @@ def run_study(
     require_sound(study)
     require_same_record(folder, record)
     require_same_space(study, folder)
-    require_shared_storage(folder.path.parent)
     plans = Plans(folder.profiles)
     configs = checked_configurations(study, plans)
+    kinds = tuple(dict.fromkeys(GroupSpec.of(config.training) for config in configs))
+    require_sound_cluster(folder.path.parent, kinds)
     folder.path.mkdir(parents=True, exist_ok=True)
     with held_alone(folder.path, "a study", "--study"):
         write_json(folder.record_file, record)
         write_json(folder.data_file, [splits.model_dump() for splits in plans.splits])
         tracker = Tracker(default_tracking_uri(folder.path.parent), folder, record)
         pool = Pool(name, folder.path / "ray", options.isolated)
-        kinds = tuple(dict.fromkeys(GroupSpec.of(config.training) for config in configs))
         stage = Stage(plans, pool, tracker, kinds, options, started)
         with pool:
             search = stage.run("trials", study, folder, options.num_trials or study.num_trials)

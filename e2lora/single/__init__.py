@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from e2lora.broker import Job
-from e2lora.cluster import connect, require_shared_storage
+from e2lora.checkup import require_sound_cluster
+from e2lora.cluster import connect
 from e2lora.command import held_alone
 from e2lora.config import TrialConfig
 from e2lora.plan import SharingPlan
@@ -69,9 +70,9 @@ def train(run: Run) -> int:
         print(f"the run {run.name} has ended: nothing is left to train", flush=True)
         return _told(folder, _caught_up(folder))
     connect()
-    require_shared_storage(folder.path.parent)
     plans = PlansOfRun(folder.path, run.min_workers)
     plans.check(config)
+    require_sound_cluster(folder.path.parent, [plans.group_spec(config)])
     folder.path.mkdir(parents=True, exist_ok=True)
     with held_alone(folder.path, "a run", "--name"):
         tracker = RunTracker(default_tracking_uri(folder.path.parent), folder)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from e2lora.cluster import is_of_the_cluster
-from e2lora.command import default_storage, pairs_of, require_name, run_for_user
+from e2lora.command import pairs_of, require_name, run_for_user, storage_folder
 from e2lora.records import StudyFolder
 from e2lora.single import Run, train
 from e2lora.single.choice import Choice, from_file, from_space, from_study
@@ -47,7 +47,7 @@ def run_of(words: Words) -> Run:
     Raises:
         ValueError, OSError: what the words ask for doesn't exist, or contradicts itself.
     """
-    storage = words.storage or default_storage()
+    storage = storage_folder(words.storage)
     choice = _choice_of(words, storage)
     min_workers = None
     if words.workers is not None:

@@ -76,7 +76,7 @@ class Store(ABC):
         except Exception as error:  # each kind of store has its own; all mean the same here
             raise ValueError(
                 f"MLflow must accept and answer at the tracking URI before a {thing} starts; got "
-                f"{_without_password(tracking_uri)!r}: {_first_line(error)} Start that server, or "
+                f"{_without_password(tracking_uri)!r}: {first_line(error)} Start that server, or "
                 "set MLFLOW_TRACKING_URI to a running `mlflow server` (http://HOST:PORT) or a "
                 "database (sqlite:////ABSOLUTE/PATH/mlflow.db; MLflow 3 refuses file stores such "
                 "as ./mlruns, which `mlflow migrate-filestore` converts), or unset it."
@@ -111,7 +111,7 @@ class Store(ABC):
             if not self._down:
                 print(
                     f"warning: MLflow must answer for the {self._thing} to be seen there: "
-                    f"{_first_line(error)} The {self._thing} goes on; metrics stand in "
+                    f"{first_line(error)} The {self._thing} goes on; metrics stand in "
                     f"{self._shown} and are mirrored when the server answers, or when the "
                     f"{self._thing} is run again.",
                     file=sys.stderr,
@@ -132,7 +132,7 @@ class Store(ABC):
         except Exception as error:
             raise RuntimeError(
                 f"MLflow must answer to {what}; {self._shown_uri} didn't do it: "
-                f"{_first_line(error)} All files are in {self._home}: correct what it says, and "
+                f"{first_line(error)} All files are in {self._home}: correct what it says, and "
                 "ask again."
             ) from error
 
@@ -213,6 +213,29 @@ class Store(ABC):
         return f"MLflow   {uri}, experiment {EXPERIMENT}, run {name} ({run_id})\n         {look}"
 
 
+def require_answer(tracking_uri: str) -> str:
+    """Ask a server or a database that is there; what it is, without a password.
+
+    Raises:
+        Exception: whatever MLflow and what it uses raise.
+    """
+    for name, value in DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    shown = _without_password(tracking_uri)
+    file = Path(tracking_uri.removeprefix("sqlite:///"))
+    if tracking_uri.startswith("sqlite:///") and not file.exists():
+        file.parent.resolve(strict=True)
+        return f"{shown} is made when the first study starts"
+    experiment = _make_client(tracking_uri).get_experiment_by_name(EXPERIMENT)
+    return f"{shown} answers, {'with' if experiment else 'yet without'} experiment {EXPERIMENT}"
+
+
+def first_line(error: Exception) -> str:
+    """What an error says first, no longer than a line may be, without passwords."""
+    text = _without_password((str(error).strip() or type(error).__name__).splitlines()[0])
+    return f"{text[:400]}…" if len(text) > 400 else f"{text.rstrip('.')}."
+
+
 def _make_client(tracking_uri: str) -> MlflowClient:
     import sqlalchemy
     from mlflow import MlflowClient
@@ -258,8 +281,3 @@ def _is_database(uri: str) -> bool:
 
 def _without_password(text: str) -> str:
     return re.sub(r"(//[^/:@\s]*:)[^/@\s]*@", r"\1***@", text)
-
-
-def _first_line(error: Exception) -> str:
-    text = _without_password((str(error).strip() or type(error).__name__).splitlines()[0])
-    return f"{text[:400]}…" if len(text) > 400 else f"{text.rstrip('.')}."
