@@ -151,6 +151,7 @@ class Broker:
         self._given_up: set[str] = set()
         self._spent: dict[str, dict[str, float]] = {}  # group → seconds by what they went into
         self._closed = False
+        self._trouble: str | None = None
 
     # ---- clients ------------------------------------------------------------------------------
 
@@ -214,7 +215,7 @@ class Broker:
         """An attempt for an idle group; ``"retire"`` if it should end; None if nothing waits."""
         self._expire()
         self._heard[group] = self._clock()
-        if self._closed or group in self._retiring | self._given_up:
+        if self._closed or self._trouble or group in self._retiring | self._given_up:
             return "retire"
         if self._incarnations.get(group) != incarnation:
             return "retire"  # another start of this group has taken its place
@@ -288,6 +289,23 @@ class Broker:
         self._lose(state, why)
         return True
 
+    def put_back(self, token: str, trouble: str) -> bool:
+        """The attempt can't go on for what is wrong with all of them: it counts as none.
+
+        No job is handed out any more.
+        """
+        self.tell_trouble(trouble)
+        state = self._holder(token)
+        if state is None:
+            return False
+        self._release(state)
+        self._queue.appendleft(state.job.key)
+        return True
+
+    def tell_trouble(self, trouble: str) -> None:
+        """Something keeps every job from being served; the first such thing is kept."""
+        self._trouble = self._trouble or trouble
+
     # ---- the pool -----------------------------------------------------------------------------
 
     def demand(self) -> dict[GroupSpec, int]:
@@ -298,6 +316,10 @@ class Broker:
             spec = self._states[key].job.spec
             waiting[spec] = waiting.get(spec, 0) + 1
         return waiting
+
+    def trouble(self) -> str | None:
+        """What keeps every job from being served."""
+        return self._trouble
 
     def busy_groups(self) -> set[str]:
         """Those that hold a job, or have not left one yet that was stopped."""

@@ -86,6 +86,16 @@ class BrokerActor:
     async def lose(self, token: str, why: str) -> bool:
         return self._after_change(self._broker.lose(token, why))
 
+    async def put_back(self, token: str, trouble: str) -> bool:
+        return self._after_change(self._broker.put_back(token, trouble))
+
+    async def tell_trouble(self, trouble: str) -> None:
+        self._broker.tell_trouble(trouble)
+        self._after_change()
+
+    async def trouble(self) -> str | None:
+        return self._broker.trouble()
+
     async def demand(self) -> tuple[dict[GroupSpec, int], set[str], dict[str, float]]:
         """Jobs waiting by kind, the groups at work, and for how long each was silent."""
         return self._broker.demand(), self._broker.busy_groups(), self._broker.silences()

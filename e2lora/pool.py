@@ -209,7 +209,14 @@ class Pool:
         """Do what is to be done now."""
         import ray
 
-        demand, busy, silences = ray.get(self.broker.demand.remote())
+        trouble, (demand, busy, silences) = ray.get(
+            [self.broker.trouble.remote(), self.broker.demand.remote()]
+        )
+        if trouble:
+            raise OSError(
+                f"the storage must take what is written there; it doesn't: {trouble}. Make room, "
+                "or mend it, and run the same command again: it goes on where it was."
+            )
         self._groups = {n: g for n, g in self._groups.items() if g.thread.is_alive()}
         if not demand and not self._groups:
             self._wanted.update({})

@@ -32,6 +32,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field, TypeAdapter
 
 from e2lora.config import AnyTaskConfig, Frozen, ModelConfig, Objective, Pruner, TrialConfig
+from e2lora.patience import patiently
 from e2lora.plan import SharingPlan
 
 
@@ -262,7 +263,15 @@ def write_json(file: Path, value: BaseModel | Any) -> None:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write atomically: a reader, or a crash, sees the old file or the whole new one."""
+    """Write atomically: a reader, or a crash, sees the old file or the whole new one.
+
+    Raises:
+        OSError: the storage failed, for longer than :func:`e2lora.patience.patiently` waits.
+    """
+    patiently(lambda: _write_text(file, text))
+
+
+def _write_text(file: Path, text: str) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.name}.{os.getpid()}")
     try:

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from e2lora.broker import Attempt
 from e2lora.config import GroupSpec, TrialConfig
 from e2lora.models import Base
+from e2lora.patience import is_storage_fault
 from e2lora.profile import measure_profile
 from e2lora.profile_cache import ProfileCache
 from e2lora.records import Evaluation, Failure, TrialFolder, write_json
@@ -241,7 +242,9 @@ def serve(
             pass
         except Exception as error:
             traceback.print_exc()
-            if group is None or isinstance(error, OWN_FAULTS):
+            if is_storage_fault(error):
+                link.tell("put_back", attempt.token, str(error))
+            elif group is None or isinstance(error, OWN_FAULTS):
                 link.tell("fail", attempt.token, _explain(error), failure_of(error))
             else:
                 link.tell("lose", attempt.token, _explain(error))

@@ -230,6 +230,29 @@ def test_every_sign_of_life_renews_the_lease(broker: Broker, clock: Clock) -> No
     assert broker.complete(token, {})
 
 
+def test_attempt_that_is_put_back_costs_nothing_and_nothing_more_is_handed_out(
+    broker: Broker,
+) -> None:
+    broker.submit(job("study/1"))
+    broker.submit(job("study/2"))
+    incarnation = broker.join("g1")
+    for _ in range(2):  # one more would be its last
+        attempt = broker.next_attempt("g1", incarnation, SPEC)
+        assert isinstance(attempt, Attempt)
+        assert broker.lose(attempt.token, "by chance")
+    attempt = broker.next_attempt("g1", incarnation, SPEC)
+    assert isinstance(attempt, Attempt)
+    assert broker.put_back(attempt.token, "the disk is full")
+    assert broker.trouble() == "the disk is full"
+    update = news(broker, "study/1")
+    assert (update.error, update.ended) == (None, False)
+    assert refused_everywhere(broker, attempt.token)
+    assert broker.demand() == {SPEC: 2}
+    assert broker.next_attempt("g1", incarnation, SPEC) == "retire"
+    broker.tell_trouble("the network, too")
+    assert broker.trouble() == "the disk is full", "the first is what it began with"
+
+
 def test_job_that_lost_all_its_attempts_has_failed_and_says_why(
     broker: Broker, clock: Clock
 ) -> None:

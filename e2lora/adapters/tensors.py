@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,32 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from e2lora.patience import patiently
+
 
 def write_tensors(
     file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
-    """As safetensors, which others may read as they may any file: its own writer lets nobody."""
-    from safetensors.torch import save_file
+    """As safetensors, which others may read as they may any file: its own writer lets nobody.
 
-    save_file(dict(tensors), file, metadata)
+    Raises:
+        OSError: the file can't be written.
+    """
+    patiently(lambda: _save(file, tensors, metadata))
     os.umask(mask := os.umask(0))  # which can only be read by setting it
     file.chmod(0o666 & ~mask)
+
+
+def _save(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(dict(tensors), file, metadata)
+    except SafetensorError as error:
+        if said := re.search(r"os error (\d+)", str(error)):
+            raise OSError(int(said[1]), os.strerror(int(said[1])), str(file)) from error
+        raise
 
 
 class Sliced(nn.Module):

@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import optuna
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, TrialState
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
@@ -24,6 +23,7 @@ from e2lora.plan import SharingPlan
 from e2lora.pool import JobFailed, Pool
 from e2lora.preflight import Plans, with_absolute_paths
 from e2lora.records import StudyFolder, Suggestion, TrialFolder, TrialResult, write_json
+from e2lora.search.journal import Journal
 from e2lora.search.plans import configuration_of, require_possible_in
 from e2lora.search.samplers import sampler_of
 from e2lora.search.unchanged import ChangedSpace, require_same
@@ -385,8 +385,7 @@ def _storage(folder: StudyFolder, url: str | None) -> BaseStorage:
         ValueError: a database that can't be used.
     """
     if url is None:
-        file = str(folder.journal)
-        return JournalStorage(JournalFileBackend(file, lock_obj=JournalFileOpenLock(file)))
+        return JournalStorage(Journal(str(folder.journal)))
     try:
         return RDBStorage(url)
     except Exception as error:  # of SQLAlchemy, of its drivers, of Optuna

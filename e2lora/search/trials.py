@@ -37,7 +37,11 @@ def thin_trial(config: dict[str, Any]) -> None:
         if news is None:
             continue
         seen, update = news
-        record(folder, folder.number, update, config["adapter_parameters"])
+        try:
+            record(folder, folder.number, update, config["adapter_parameters"])
+        except OSError as error:
+            ray.get(broker.tell_trouble.remote(str(error)))  # the study ends, and goes on later
+            raise
         for evaluation in update.evaluations[told:]:
             last = update.ended and evaluation is update.evaluations[-1]
             tune.report(

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from e2lora.adapters.tensors import write_tensors
 from e2lora.config import Frozen
+from e2lora.patience import patiently
 from e2lora.records import Evaluation, write_json
 from e2lora.tasks.scores import RowScore
 
@@ -60,7 +61,14 @@ def save_checkpoint(
 
     Args:
         best: a step whose state stays, too.
+
+    Raises:
+        OSError: the storage failed, for longer than :func:`e2lora.patience.patiently` waits.
     """
+    patiently(lambda: _save_checkpoint(folder, state, keep, best))
+
+
+def _save_checkpoint(folder: Path, state: TrainState, keep: int, best: int | None) -> None:
     final = folder / f"step-{state.step:06d}"
     partial = folder / f".{final.name}.{os.getpid()}"
     shutil.rmtree(partial, ignore_errors=True)
