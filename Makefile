@@ -1,7 +1,7 @@
 PY := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup search test test-slow test-long lint clean always
+.PHONY: help setup search test test-slow test-long test-chaos lint clean always
 
 # an environment whose interpreter is gone counts as not made, whatever its stamp says
 ifneq ($(shell $(PY) -c 'print(1)' 2>/dev/null),1)
@@ -27,6 +27,9 @@ test-slow: setup  ## the slow tests: several processes, whole studies
 
 test-long: setup  ## the longest ones: several nodes, fifty trials on one worker, all of ZeRO-3
 	$(PY) -m pytest -m long $(ARGS)
+
+test-chaos: setup  ## studies on three nodes with something killed at every moment (half an hour)
+	$(PY) -m pytest -m chaos $(ARGS)
 
 lint: setup  ## ruff and mypy
 	$(PY) -m ruff check .

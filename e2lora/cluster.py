@@ -16,17 +16,23 @@ Answer = TypeVar("Answer")
 
 HEAD = {"node:__internal_head__": 0.001}
 """Places what needs no CPU on the head node; it runs though groups hold every CPU."""
+ON_LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+"""At 0, what Ray does by itself on macOS: its node is 127.0.0.1. It has no other switch for that,
+and takes the machine's own address for 127.0.0.1 where it is given as the node's."""
 
 
 def connect() -> None:
     """To the cluster of RAY_ADDRESS, which a submitted job has; else a Ray of this process's own.
 
     Left to itself Ray would look for the last one that ran here, and wait for it if it was killed.
+    One of our own listens on loopback only.
     """
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    if address == "local":  # heeded if it stands there when Ray is imported
+        os.environ.setdefault(ON_LOOPBACK, "0")
     import ray
 
     if not ray.is_initialized():
-        address = os.environ.get("RAY_ADDRESS") or "local"
         ray.init(address, log_to_driver=False, logging_level=logging.WARNING)
 
 
@@ -54,17 +60,6 @@ def slots(spec: GroupSpec) -> int:
             fits.append(node.gpus // spec.gpus_per_worker)
         workers += int(min(fits))
     return workers // smallest(spec)
-
-
-def may_grow_for(spec: GroupSpec) -> bool:
-    """Whether an autoscaler may bring the nodes that a group of this kind needs."""
-    from ray._private.state import state  # there is no public name for it
-
-    most = state.get_max_resources_from_cluster_config() or {}
-    needed = {"CPU": spec.cpus_per_worker, "GPU": spec.gpus_per_worker}
-    return bool(most) and all(
-        most.get(name, 0) >= smallest(spec) * each for name, each in needed.items() if each
-    )
 
 
 class Wanted:
@@ -106,21 +101,22 @@ def _resources(spec: GroupSpec) -> dict[str, float]:
 
 
 def require_fits(spec: GroupSpec) -> None:
-    """Refuse a kind of group of which not even one fits the cluster, or what it may grow to.
+    """Refuse a kind of group of which not even one fits the cluster.
 
     Raises:
         ValueError: with what is asked for and what there is.
     """
     import ray
 
-    if slots(spec) == 0 and not may_grow_for(spec):
+    if slots(spec) == 0:
         have = ray.cluster_resources()
         raise ValueError(
             "a trial's workers must all fit the cluster at once; it asks for "
             f"{smallest(spec)} worker(s) of {spec.cpus_per_worker:g} CPU and "
             f"{spec.gpus_per_worker:g} GPU each, and the cluster has {have.get('CPU', 0):g} CPU "
             f"and {have.get('GPU', 0):g} GPU on {len(ray.nodes())} node(s). Lower `num_workers`, "
-            "`cpus_per_worker` or `gpus_per_worker`, or add nodes."
+            "`cpus_per_worker` or `gpus_per_worker`, add nodes, or give --may-grow where an "
+            "autoscaler brings them."
         )
 
 

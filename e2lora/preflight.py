@@ -35,10 +35,13 @@ class Plans:
     Args:
         profiles: the folder of gradient profiles.
         min_workers: with how few workers an elastic group may do; None: it isn't elastic.
+        may_grow: an autoscaler brings the nodes that the cluster lacks.
     """
 
-    def __init__(self, profiles: Path, min_workers: int | None = None) -> None:
-        self._profiles, self._min_workers = profiles, min_workers
+    def __init__(
+        self, profiles: Path, min_workers: int | None = None, may_grow: bool = False
+    ) -> None:
+        self._profiles, self._min_workers, self._may_grow = profiles, min_workers, may_grow
         self._tasks: dict[str, Task] = {}
         self._structures: dict[str, Any] = {}
         self._fitting: set[GroupSpec] = set()
@@ -85,7 +88,8 @@ class Plans:
         """
         spec = self.group_spec(config)
         if spec not in self._fitting:  # asked once: a node that is away for a while comes back
-            require_fits(spec)
+            if not self._may_grow:
+                require_fits(spec)
             self._fitting.add(spec)
         task, training = self.task(config), config.training
         if training.packing:

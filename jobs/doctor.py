@@ -24,6 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--space", default="search_spaces.quickstart", help="module with `study`")
     parser.add_argument("--storage", type=Path, help="folder that all nodes share")
     parser.add_argument("--stage", action="store_true", help="fetch hub weights on every node")
+    parser.add_argument("--may-grow", action="store_true", help="an autoscaler brings nodes")
     options = parser.parse_args(arguments)
     for place in (str(ROOT), os.getcwd()):
         if place not in sys.path:
@@ -34,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     from e2lora.checkup.entry import doctor_command
 
-    return doctor_command(options.space, options.storage, options.stage)
+    return doctor_command(options.space, options.storage, options.stage, options.may_grow)
 
 
 if __name__ == "__main__":

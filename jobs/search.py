@@ -38,6 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--register", metavar="NAME", help="the winner, as a model in MLflow")
     parser.add_argument("--ledger", metavar="URL", help="a database for Optuna's trials")
     parser.add_argument("--isolated", action="store_true", help="each trial in fresh processes")
+    parser.add_argument("--may-grow", action="store_true", help="an autoscaler brings nodes")
     options = parser.parse_args(arguments)
     for place in (str(ROOT), os.getcwd()):
         if place not in sys.path:

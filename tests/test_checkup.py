@@ -56,7 +56,7 @@ def test_equal_nodes_are_well() -> None:
         of_versions(heard),
         of_storage("/shared", heard, {}),
         of_head(heard, 2),
-        of_groups({SPEC: 4}, {SPEC: False}),
+        of_groups({SPEC: 4}, may_grow=False),
     ):
         assert only(findings).state == "ok"
         assert not only(findings).remedy
@@ -112,8 +112,8 @@ def test_little_room_is_a_warning_and_the_fullest_node_decides() -> None:
 
 def test_kind_of_group_that_does_not_fit_is_an_error_unless_nodes_may_come() -> None:
     wide = SPEC.model_copy(update={"num_workers": 64})
-    lacking, coming = of_groups({wide: 0}, {wide: False}) + of_groups({wide: 0}, {wide: True})
-    assert (lacking.state, coming.state) == ("error", "ok")
+    lacking, coming = of_groups({wide: 0}, False) + of_groups({wide: 0}, True)
+    assert (lacking.state, coming.state) == ("error", "warning")
     assert "64 worker(s) of 1 CPU" in lacking.said
     assert "num_workers" in lacking.remedy
 
@@ -202,7 +202,7 @@ def test_doctor_of_this_machine_finds_it_fit_and_leaves_nothing(
     monkeypatch.setenv("RAY_ADDRESS", "local")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     try:
-        assert doctor_command("search_spaces.quickstart", tmp_path / "results", False) == 0
+        assert doctor_command("search_spaces.quickstart", tmp_path / "results", False, False) == 0
     finally:
         ray.shutdown()
     said = capsys.readouterr().out

@@ -65,10 +65,6 @@ def test_what_is_wanted_gives_room_back_that_it_finds() -> None:
     wanted.update({})
 
 
-def test_cluster_of_fixed_nodes_does_not_grow() -> None:
-    assert not checks.may_grow_for(GroupSpec.of(small_trial().training))
-
-
 def test_every_node_is_asked_and_has_a_name_of_its_own() -> None:
     heard = checks.on_every_node(_twice, 21)
     assert [one.answer for one in heard] == [42, 42]

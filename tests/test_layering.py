@@ -38,6 +38,7 @@ PURE = (
     "crossed",
     "statistics",
     "pseudo",
+    "patience",
     "records",
 )
 
@@ -47,6 +48,7 @@ PURE = (
 ROOMS = (
     *PURE,
     "memory",
+    "masking",
     "assets",
     "command",
     "partitioned",
@@ -165,6 +167,7 @@ ROOMS = (
     "search.unchanged",
     "search.trials",
     "search.progress",
+    "search.journal",
     "search.ledger",
     "search.seeds",
     "search.estimate",

@@ -24,7 +24,7 @@ from e2lora.checkup.findings import (
     of_versions,
 )
 from e2lora.checkup.node import NodeFacts, facts_here, notes_missing, unreadable_here
-from e2lora.cluster import Heard, may_grow_for, on_every_node, slots
+from e2lora.cluster import Heard, on_every_node, slots
 from e2lora.config import GroupSpec, TrialConfig
 
 
@@ -58,18 +58,19 @@ def ask_nodes(storage: Path, look_at_gpus: bool) -> tuple[list[Heard[NodeFacts]]
 
 
 def check_cluster(
-    storage: Path, configs: Sequence[TrialConfig], stage: bool = False
+    storage: Path, configs: Sequence[TrialConfig], stage: bool = False, may_grow: bool = False
 ) -> list[Finding]:
     """Everything, for trials of these configurations.
 
     Args:
         stage: fetch the weights of hub models on every node.
+        may_grow: an autoscaler brings nodes that are lacking.
     """
     kinds = dict.fromkeys(GroupSpec.of(config.training) for config in configs)
     room = {kind: slots(kind) for kind in kinds}
     on_gpus = any(kind.gpus_per_worker for kind in kinds)
     heard, findings = ask_nodes(storage, look_at_gpus=on_gpus)
-    findings += of_groups(room, {kind: may_grow_for(kind) for kind in kinds})
+    findings += of_groups(room, may_grow)
     if on_gpus:
         findings += of_gpus(heard, {kind.precision for kind in kinds})
     findings += of_head(heard, max(room.values(), default=0))

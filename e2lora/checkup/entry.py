@@ -19,22 +19,23 @@ from e2lora.tracking.store import first_line, require_answer
 WIDTH = 100
 
 
-def doctor_command(space: str, storage: Path | None, stage: bool) -> int:
+def doctor_command(space: str, storage: Path | None, stage: bool, may_grow: bool) -> int:
     """Check all that a study needs; prints a table. 0: it can run. 1: it can't. 2: unknown space.
 
     Args:
         stage: fetch the weights of hub models on every node.
+        may_grow: an autoscaler brings nodes that are lacking.
     """
-    return run_for_user(lambda: _examine(space, storage, stage), "", is_of_the_cluster)
+    return run_for_user(lambda: _examine(space, storage, stage, may_grow), "", is_of_the_cluster)
 
 
-def _examine(space: str, given: Path | None, stage: bool) -> int:
+def _examine(space: str, given: Path | None, stage: bool, may_grow: bool) -> int:
     study = find_study(space)
     require_sound(study)
     configs = [with_absolute_paths(config) for config in given_configurations(study)]
     storage = storage_folder(given).expanduser().resolve()
     connect()
-    findings = check_cluster(storage, configs, stage)
+    findings = check_cluster(storage, configs, stage, may_grow)
     findings.append(_of_tracking(storage))
     print(as_table(findings))
     return int(any(finding.state == "error" for finding in findings))

@@ -50,12 +50,12 @@ def _size(one: Heard[Any]) -> str:
     return f"{one.cpus:g} CPU{gpus}"
 
 
-def of_groups(slots: Mapping[GroupSpec, int], may_grow: Mapping[GroupSpec, bool]) -> list[Finding]:
+def of_groups(slots: Mapping[GroupSpec, int], may_grow: bool) -> list[Finding]:
     """Each kind of worker group that the study's trials need must fit.
 
     Args:
         slots: kind → how many at once, on the nodes that are there.
-        may_grow: kind → whether an autoscaler may bring nodes for one.
+        may_grow: an autoscaler brings nodes that are lacking.
     """
     findings = []
     for spec, count in slots.items():
@@ -65,16 +65,17 @@ def of_groups(slots: Mapping[GroupSpec, int], may_grow: Mapping[GroupSpec, bool]
         )
         if count:
             findings.append(Finding("groups", "ok", f"{asked}: {count} at once"))
-        elif may_grow[spec]:
-            said = f"{asked}: none now; the autoscaler may bring the nodes"
-            findings.append(Finding("groups", "ok", said))
+        elif may_grow:
+            said = f"{asked}: none now, an autoscaler is to bring the nodes"
+            findings.append(Finding("groups", "warning", said, "See that its limits allow them."))
         else:
             findings.append(
                 Finding(
                     "groups",
                     "error",
                     f"{asked}: not one fits",
-                    "Lower `num_workers`, `cpus_per_worker` or `gpus_per_worker`, or add nodes.",
+                    "Lower `num_workers`, `cpus_per_worker` or `gpus_per_worker`, add nodes, or "
+                    "give --may-grow where an autoscaler brings them.",
                 )
             )
     return findings

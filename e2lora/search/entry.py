@@ -25,6 +25,7 @@ class Words:
     retry_failed: bool = False
     ledger: str | None = None
     register: str | None = None
+    may_grow: bool = False
 
 
 def search_command(words: Words) -> int:
@@ -63,6 +64,7 @@ def _search(words: Words) -> int:
         max_hours=words.max_hours,
         ledger=words.ledger,
         register=words.register,
+        may_grow=words.may_grow,
     )
     if words.dry_run:
         print(dry_run(study, storage, words.trials or study.num_trials, words.seeds))

@@ -36,6 +36,7 @@ class Options:
         max_hours: after which no trial begins.
         register: name of a model in MLflow's registry that the winner becomes.
         ledger: URL of a database for the ledger; None: a journal in the study's folder.
+        may_grow: an autoscaler brings the nodes that the cluster lacks.
     """
 
     num_trials: int | None = None
@@ -45,6 +46,7 @@ class Options:
     max_hours: float | None = None
     ledger: str | None = None
     register: str | None = None
+    may_grow: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def run_study(
     require_sound(study)
     require_same_record(folder, record)
     require_same_space(study, folder)
-    plans = Plans(folder.profiles)
+    plans = Plans(folder.profiles, may_grow=options.may_grow)
     configs = checked_configurations(study, plans)
     kinds = tuple(dict.fromkeys(GroupSpec.of(config.training) for config in configs))
     require_sound_cluster(folder.path.parent, kinds)
@@ -217,9 +219,20 @@ class Stage:
         return self.options.max_hours is not None and hours > self.options.max_hours
 
 
+def keep_credentials_out_of_trials() -> None:
+    """Tune would hand its trials AWS keys of this process by ``runtime_env``, which Ray logs and
+    shows; ours only wait for workers, which have the credentials of their nodes.
+    """
+    from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE as HANDED_ON
+
+    HANDED_ON.difference_update({name for name in HANDED_ON if name.startswith("AWS_")})
+
+
 def _tune(search: LedgerSearch, folder: StudyFolder, remaining: int, progress: Progress) -> None:
     from ray import tune
     from ray.tune.logger import JsonLoggerCallback
+
+    keep_credentials_out_of_trials()
 
     def name(trial: Any) -> str:
         return f"trial-{trial.config['trial']:05d}"
