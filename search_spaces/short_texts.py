@@ -2,7 +2,7 @@
 
 Sentiment of posts and reviews (VADER's), of film reviews (SST-2), and kinds of questions (TREC).
 Eight systems meet at three budgets on each, at the same two learning rates; `--seeds 5` completes
-the study. SST-2 and TREC come from the hub, or a mirror of it
+the study, whose report is in docs/search.md. SST-2 and TREC come from the hub, or a mirror of it
 (docs/tasks.md).
 """
 
