@@ -51,6 +51,14 @@ def nodes() -> list[Node]:
     return [Node(have.get("CPU", 0), have.get("GPU", 0)) for have in alive]
 
 
+def free_nodes() -> list[Node]:
+    """What of each machine nobody holds now; a little old, perhaps."""
+    from ray._private.state import available_resources_per_node  # of Ray's developers' interface
+
+    free = available_resources_per_node().values()
+    return [Node(have.get("CPU", 0), have.get("GPU", 0)) for have in free]
+
+
 def slots(spec: GroupSpec) -> int:
     """How many groups of this kind, as small as they may be, the whole cluster holds at once."""
     workers = 0

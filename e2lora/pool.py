@@ -8,6 +8,7 @@ autoscaler what more there is work for.
 from __future__ import annotations
 
 import gc
+import math
 import queue
 import sys
 import threading
@@ -22,7 +23,7 @@ from typing import Any
 
 from e2lora.broker import Job, Running, Update
 from e2lora.broker_actor import BrokerActor
-from e2lora.cluster import HEAD, Wanted, nodes, slots
+from e2lora.cluster import HEAD, Wanted, free_nodes, nodes, slots
 from e2lora.config import GroupSpec
 from e2lora.fleet import Held, Moves, Wish, fits, next_moves, smallest
 from e2lora.utilisation import Utilisation
@@ -54,7 +55,8 @@ class Pool:
         storage: a folder that all nodes share; Ray Train's own files go below it.
         isolated: every job gets a fresh group.
         lease_seconds: an attempt without a sign of life for so long is lost.
-        start_seconds: when no group has come up for so long, that is an error and not a wait.
+        start_seconds: when no group has come up for so long though there is room, that is an error
+            and not a wait; what others hold is waited for, and told.
         node_seconds: … and when there are no nodes for what waits, and nothing else to do.
     """
 
@@ -86,6 +88,7 @@ class Pool:
         self._spent: dict[str, dict[str, float]] = {}
         self._hungry: dict[GroupSpec, float] = {}  # since when a kind that is wanted has no group
         self._without_nodes: dict[GroupSpec, float] = {}
+        self._told_of_others = -math.inf
         self._wanted = Wanted()
         self._wanted_early: queue.SimpleQueue[tuple[GroupSpec, int]] = queue.SimpleQueue()
         self._closing = threading.Event()
@@ -296,13 +299,23 @@ class Pool:
             for name, group in wanted.items()
             if name in busy or silences.get(name, now - group.since) < self._start_seconds
         ]
-        if wanted and not awake:
-            raise TimeoutError(
-                f"a worker group must come up within {self._start_seconds:.0f} s; none of "
-                f"{len(wanted)} did. Either something else holds the cluster's resources "
-                "(`ray status`), or their processes end while they start (logs under "
-                "/tmp/ray/session_latest/logs; every node needs this package and what it needs)."
-            )
+        if not wanted or awake:
+            return
+        if not any(fits(free_nodes(), [group.spec]) for group in wanted.values()):
+            if now - self._told_of_others > self._start_seconds:
+                self._told_of_others = now
+                print(
+                    f"waiting since {self._start_seconds:.0f} s or more: other studies or jobs "
+                    "hold what a worker group needs (`ray status`)",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            return
+        raise TimeoutError(
+            f"a worker group must come up within {self._start_seconds:.0f} s; none of "
+            f"{len(wanted)} did, though there is room: their processes end while they start (logs "
+            "under /tmp/ray/session_latest/logs; every node needs this package and what it needs)."
+        )
 
     def _start_early(self, spec: GroupSpec, num_groups: int) -> None:
         there = [group for group in self._groups.values() if not group.retiring]

@@ -56,16 +56,24 @@ class SyntheticPool(Pool):
 
 
 def run_synthetic(
-    study: Study, folder: StudyFolder, curve: Curve, seconds_per_step: float = 0.0
+    study: Study,
+    folder: StudyFolder,
+    curve: Curve,
+    seconds_per_step: float = 0.0,
+    tracker: Any = None,
 ) -> LedgerSearch:
-    """Stage one of a study; Ray must be there."""
+    """Stage one of a study; Ray must be there.
+
+    Args:
+        tracker: None: nothing is mirrored.
+    """
     write_json(folder.record_file, record_of(study, "synthetic", folder))
     plans = Plans(folder.profiles)
     plans.check = lambda config: None  # type: ignore[method-assign]
-    tracker: Any = SimpleNamespace(mirror_all=lambda: None, mirror_trial=lambda trial: None)
+    nobody = SimpleNamespace(mirror_all=lambda: None, mirror_trial=lambda trial: None)
     with SyntheticPool(folder.path / "ray", curve, seconds_per_step) as pool:
         kinds = (GroupSpec.of(study.space(_First()).training),)
-        stage = Stage(plans, pool, tracker, kinds, Options(), time.monotonic())
+        stage = Stage(plans, pool, tracker or nobody, kinds, Options(), time.monotonic())
         return stage.run("trials", study, folder, study.num_trials)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,21 @@ def test_no_group_is_taken_away_by_what_asks_another_ray_for_its_controller() ->
     assert names(TorchTrainer) - names(trainer_class()) == {"PlacementGroupCleanerCallback"}
 
 
-def test_group_that_can_not_start_is_an_error_and_not_a_wait(tmp_path: Path) -> None:
+def test_group_that_does_not_come_up_though_there_is_room_is_an_error_and_not_a_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Pool, "_fit", lambda self, name, spec: time.sleep(5))
+    job = Job("trial-00000", "trial", ONE, {"folder": str(tmp_path / "00000")})
+    with (
+        Pool("dead", tmp_path, start_seconds=2) as pool,
+        pytest.raises(RuntimeError, match=r"must come up within 2 s.*though there is room"),
+    ):
+        pool.run(job)
+
+
+def test_what_others_hold_is_waited_for_told_and_no_longer_asked_for_in_the_end(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     @ray.remote(num_cpus=2)
     class Squatter:
         def here(self) -> bool:
@@ -72,11 +87,14 @@ def test_group_that_can_not_start_is_an_error_and_not_a_wait(tmp_path: Path) -> 
     squatter = Squatter.remote()
     assert ray.get(squatter.here.remote())
     job = Job("trial-00000", "trial", ONE, {"folder": str(tmp_path / "00000")})
-    with (
-        Pool("held", tmp_path, start_seconds=2) as pool,
-        pytest.raises(RuntimeError, match="must come up within 2 s"),
-    ):
-        pool.run(job)
+    with Pool("held", tmp_path, start_seconds=1) as pool, ThreadPoolExecutor(1) as beside:
+        waiting = beside.submit(pool.run, job)
+        time.sleep(6)
+        assert not waiting.done()
+        assert pool.error is None
+        assert ray.get(pool.broker.stop.remote(job.key))
+        assert waiting.result(60) == {}
+    assert "other studies or jobs hold" in capfd.readouterr().err
     for group in pool._groups.values():  # it waits no longer for what it didn't get
         group.thread.join(120)
         assert not group.thread.is_alive()

@@ -14,7 +14,7 @@ from e2lora.preflight import with_absolute_paths
 from e2lora.search.plans import given_configurations, require_sound
 from e2lora.text_table import text_table
 from e2lora.tracking import default_tracking_uri
-from e2lora.tracking.store import first_line, require_answer
+from e2lora.tracking.store import first_line, remedy_of, require_answer
 
 WIDTH = 100
 
@@ -50,7 +50,7 @@ def _of_tracking(storage: Path) -> Finding:
             "MLflow",
             "error",
             f"the tracking server must answer before a study starts: {first_line(error)}",
-            "Start it, correct MLFLOW_TRACKING_URI (and its user and password), or unset it.",
+            remedy_of(error, "Start it, correct MLFLOW_TRACKING_URI, or unset it."),
         )
 
 

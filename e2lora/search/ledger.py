@@ -19,6 +19,7 @@ from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
 from e2lora.config import Study, TrialConfig, fingerprint_of, in_one_paragraph
+from e2lora.masking import holds_password, without_passwords
 from e2lora.plan import SharingPlan
 from e2lora.pool import JobFailed, Pool
 from e2lora.preflight import Plans, with_absolute_paths
@@ -386,6 +387,11 @@ def _storage(folder: StudyFolder, url: str | None) -> BaseStorage:
     """
     if url is None:
         return JournalStorage(Journal(str(folder.journal)))
+    if holds_password(url):
+        raise ValueError(
+            "--ledger stands on a command line, which Ray keeps and shows, so it must hold no "
+            f"password; got {without_passwords(url)!r}. Give it by ~/.pgpass or PGPASSWORD."
+        )
     try:
         return RDBStorage(url)
     except Exception as error:  # of SQLAlchemy, of its drivers, of Optuna

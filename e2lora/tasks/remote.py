@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 from filelock import FileLock
 
 from e2lora.assets import cache_root
+from e2lora.masking import holds_password, without_passwords
 
 URI = re.compile(r"[a-z][a-z0-9+.-]*://")
 GCS_PATIENCE = "retry_limit_seconds=20"  # of gs:// URIs, where pyarrow would try for 15 minutes
@@ -55,11 +56,11 @@ def local_copy(uri: str, wanted: Callable[[str], bool]) -> Path:
     Raises:
         OSError, ValueError: it can't be read, with the cause.
     """
-    if urlsplit(uri).password:
+    if holds_password(uri):
         raise ValueError(
             "a URI is written into records, so it must hold no password; got one for "
-            f"{urlsplit(uri).hostname}. Give credentials as the store's own programs take them: "
-            "environment variables, a profile, or the node's role."
+            f"{urlsplit(without_passwords(uri)).hostname}. Give credentials as the store's own "
+            "programs take them: environment variables, a profile, or the node's role."
         )
     try:
         listing = _listing(uri, wanted)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import shlex
 import sys
 import threading
@@ -17,6 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from e2lora.masking import require_encoded_password, without_passwords
 from e2lora.tracking.contents import (
     ERROR_TAG,
     FAILURE_TAG,
@@ -39,6 +39,20 @@ DEFAULTS = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
+REFUSALS = {
+    "error code 401": "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or write both to "
+    "~/.mlflow/credentials on the machine that runs the study (docs/access.md).",
+    "Invalid Host header": "Start the server with this host and port among its --allowed-hosts "
+    "(docs/access.md).",
+    "error code 403": f"Give this user the permission EDIT for the experiment {EXPERIMENT} "
+    "(docs/access.md).",
+}
+"""What a server says when it refuses → what helps; the first that is said."""
+NO_ANSWER = (
+    "Start that server, or set MLFLOW_TRACKING_URI to a running `mlflow server` (http://HOST:PORT) "
+    "or a database (sqlite:////ABSOLUTE/PATH/mlflow.db; MLflow 3 refuses file stores such as "
+    "./mlruns, which `mlflow migrate-filestore` converts), or unset it."
+)
 OUTAGE_PATIENCE = 5.0
 """After a try that failed, MLflow is left alone for so many times what that try took, so that an
 unreachable server costs a study at most a sixth of its driver's time."""
@@ -76,10 +90,8 @@ class Store(ABC):
         except Exception as error:  # each kind of store has its own; all mean the same here
             raise ValueError(
                 f"MLflow must accept and answer at the tracking URI before a {thing} starts; got "
-                f"{_without_password(tracking_uri)!r}: {first_line(error)} Start that server, or "
-                "set MLFLOW_TRACKING_URI to a running `mlflow server` (http://HOST:PORT) or a "
-                "database (sqlite:////ABSOLUTE/PATH/mlflow.db; MLflow 3 refuses file stores such "
-                "as ./mlruns, which `mlflow migrate-filestore` converts), or unset it."
+                f"{without_passwords(tracking_uri)!r}: {first_line(error)} "
+                f"{remedy_of(error, NO_ANSWER)}"
             ) from error
 
     @abstractmethod
@@ -202,7 +214,7 @@ class Store(ABC):
 
     @property
     def _shown_uri(self) -> str:
-        return _without_password(self.tracking_uri)
+        return without_passwords(self.tracking_uri)
 
     def _describe(self, name: str, run_id: str) -> str:
         """Where to look: tracking URI, experiment, run, and the page or command that shows it."""
@@ -221,7 +233,7 @@ def require_answer(tracking_uri: str) -> str:
     """
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
-    shown = _without_password(tracking_uri)
+    shown = without_passwords(tracking_uri)
     file = Path(tracking_uri.removeprefix("sqlite:///"))
     if tracking_uri.startswith("sqlite:///") and not file.exists():
         file.parent.resolve(strict=True)
@@ -232,14 +244,21 @@ def require_answer(tracking_uri: str) -> str:
 
 def first_line(error: Exception) -> str:
     """What an error says first, no longer than a line may be, without passwords."""
-    text = _without_password((str(error).strip() or type(error).__name__).splitlines()[0])
+    text = without_passwords((str(error).strip() or type(error).__name__).splitlines()[0])
     return f"{text[:400]}…" if len(text) > 400 else f"{text.rstrip('.')}."
+
+
+def remedy_of(error: Exception, otherwise: str) -> str:
+    """What to do where a server answers, and refuses."""
+    said = str(error)
+    return next((remedy for sign, remedy in REFUSALS.items() if sign in said), otherwise)
 
 
 def _make_client(tracking_uri: str) -> MlflowClient:
     import sqlalchemy
     from mlflow import MlflowClient
 
+    require_encoded_password(tracking_uri)
     # They tell of schemas that are made, and of each retry and error; we get and tell the error.
     logging.getLogger("alembic").setLevel(logging.WARNING)
     for name in ("mlflow.pyfunc", "mlflow.store.model_registry"):
@@ -277,7 +296,3 @@ def _make_whole(url: URL) -> None:
 
 def _is_database(uri: str) -> bool:
     return urlsplit(uri).scheme.split("+")[0] in ("sqlite", "postgresql", "mysql", "mssql")
-
-
-def _without_password(text: str) -> str:
-    return re.sub(r"(//[^/:@\s]*:)[^/@\s]*@", r"\1***@", text)
