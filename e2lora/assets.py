@@ -26,6 +26,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from e2lora.hub import from_hub
+
 COMPLETE = ".complete"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -86,24 +88,23 @@ def _tell_once(name: str, folder: Path) -> None:
     print(f"{name} is taken from the mirror, {folder}", file=sys.stderr)
 
 
-def fetch_weights(name: str, revision: str | None = None) -> None:
-    """Bring a model of a hub into this machine's cache, once; local ones are there already.
+def fetch_weights(name: str, revision: str | None = None) -> str:
+    """Where a whole model lies; a hub's is brought into this node's cache, once.
 
     Raises:
-        OSError, ValueError: the hub can't be reached, or doesn't give it.
+        OSError, ValueError: there is none, or the hub doesn't give it; with the remedy.
     """
-    if Path(resolve(name)).is_dir():
-        return
-    from huggingface_hub import HfApi, snapshot_download
+    return _fetched(name, revision, weights=True)
 
-    files = HfApi().list_repo_files(name, revision=revision)
-    has_safetensors = any(file.endswith(".safetensors") for file in files)
-    weights = "*.safetensors" if has_safetensors else "pytorch_model*.bin"
-    texts = ["*.json", "*.txt", "*.model", "*.jinja"]
-    # folders hold the same weights in other forms
-    snapshot_download(
-        name, revision=revision, allow_patterns=[weights, *texts], ignore_patterns=["*/*"]
-    )
+
+def fetch_configuration(name: str, revision: str | None = None) -> str:
+    """As :func:`fetch_weights`, all but the weights."""
+    return _fetched(name, revision, weights=False)
+
+
+def _fetched(name: str, revision: str | None, weights: bool) -> str:
+    location = resolve(name)
+    return location if Path(location).exists() else str(from_hub(location, revision, weights))
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from e2lora.assets import resolve
+from e2lora.assets import fetch_configuration, fetch_weights, resolve
 from e2lora.attention import attention_for_float32, choose_attention, class_to_build
 from e2lora.config import ModelConfig
 from e2lora.partitioned import (
@@ -79,7 +79,8 @@ def load_model(
     partitioning: Partitioning | None = None,
 ) -> tuple[Any, tuple[str, ...]]:
     """The frozen model of :func:`load_base` alone, and its freshly initialised head."""
-    location = require_weights(config)
+    require_weights(config)
+    location = fetch_weights(config.name, config.revision)
     model_config = _model_config(config, auto_class, num_labels)
     options = _how_to_compute(config, auto_class, model_config, dtype, device)
     try:
@@ -102,6 +103,9 @@ def load_model(
             f"{type(error).__name__}: {error}. Take another copy of its files."
         ) from error
     head = _head_modules(model, info["missing_keys"])
+    if location != resolve(config.name):  # a hub's: known by its name and commit, not its place
+        model.name_or_path = model.config.name_or_path = config.name
+        model.config._commit_hash = Path(location).name
     if config.quantization:
         settle(model, head, dtype, device)
         if partitioning:
@@ -166,7 +170,7 @@ def load_processor(
         return load_tokenizer(config, model_config)
     from transformers import AutoImageProcessor
 
-    location = resolve(config.name)
+    location = fetch_configuration(config.name, config.revision)
     try:
         # by Pillow: torchvision, where it happens to be installed, would give other pixels
         return AutoImageProcessor.from_pretrained(location, revision=config.revision, backend="pil")
@@ -190,7 +194,7 @@ def load_tokenizer(config: ModelConfig, model_config: Any = None) -> Any:
     """
     from transformers import AutoTokenizer
 
-    location = resolve(config.name)
+    location = fetch_configuration(config.name, config.revision)
     tokenizer = AutoTokenizer.from_pretrained(location, revision=config.revision)
     known = (model_config or _model_config(config)).get_text_config()
     vocabulary = getattr(known, "vocab_size", None) or 0
@@ -232,8 +236,9 @@ def _model_config(
 ) -> Any:
     from transformers import AutoConfig
 
+    location = fetch_configuration(config.name, config.revision)
     try:
-        loaded = AutoConfig.from_pretrained(resolve(config.name), revision=config.revision)
+        loaded = AutoConfig.from_pretrained(location, revision=config.revision)
     except OSError as error:
         raise OSError(
             f"the model must be a local folder, demo:NAME or a hub name that can be reached; got "

@@ -36,7 +36,7 @@ def space(trial: Any) -> TrialConfig:
         adapter=AdapterConfig(target_modules=("query", "value")),
         plan=PlanConfig(
             topology="none" if kind == "LoRA" else "e2",
-            r=4,
+            r=8 if kind == "spread" else 4,  # else it would be the first one over again
             calibration=CalibrationConfig(num_samples=32, microbatch_size=32),
         ),
         training=TrainConfig(

@@ -57,6 +57,10 @@ class Scene:
         self.job = job_folder(self.folder / "job", ROOT / "tests" / "chaos_space.py")
         self.start_tracking()
         wait_until(self._tracking_answers, 90, "the tracking server answers")
+        self.start_cluster()
+
+    def start_cluster(self) -> None:
+        """Of three nodes, one of them without CPUs; or of two."""
         self.cluster = SeveralNodes(
             self.folder,
             {

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -61,6 +62,7 @@ class SeveralNodes:
         own = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_"))}
         self.environment = {**own, "RAY_AUTH_MODE": "disabled", **(environment or {})}
         self.nodes: dict[str, subprocess.Popen[Any]] = {}
+        self._places: list[str] = []
         self._log = (folder / "nodes.txt").open("a")
         self.head = self._start(
             "--head",
@@ -79,6 +81,8 @@ class SeveralNodes:
     def __exit__(self, *exc: object) -> None:
         for process in [*self.nodes.values(), self.head]:
             end(process)
+        for place in self._places:
+            shutil.rmtree(place, ignore_errors=True)
         self._log.close()
 
     def add(self, address: str, prefix: tuple[str, ...] = (), num_cpus: int = 1) -> None:
@@ -135,8 +139,14 @@ class SeveralNodes:
         }
 
     def _start(self, *options: str, prefix: tuple[str, ...] = ()) -> subprocess.Popen[Any]:
+        # each its own: a node that starts empties the place where jobs' packages are unpacked
+        place = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short, for the sockets in it
+        self._places.append(place)
         return subprocess.Popen(
-            [*prefix, *RAY, "start", "--block", "--disable-usage-stats", *options],
+            [
+                *(*prefix, *RAY, "start", "--block", "--disable-usage-stats"),
+                *(f"--temp-dir={place}", *options),
+            ],
             env=self.environment,
             cwd=self.folder,
             stdout=self._log,

@@ -211,7 +211,7 @@ def acting_as(user: str, password: str) -> Iterator[None]:
         yield
 
 
-@pytest.mark.slow  # the server takes 10 s to start
+@pytest.mark.long  # the server takes 10 s to start
 def test_server_with_users_and_hosts_serves_those_it_knows_and_no_others(tmp_path: Path) -> None:
     from mlflow.server import get_app_client
 
@@ -264,7 +264,7 @@ print("FOUND", json.dumps([c.laddr for c in sockets if c.status == "LISTEN"]))
 """
 
 
-@pytest.mark.slow  # a Ray is started
+@pytest.mark.long  # a Ray is started
 def test_ray_that_a_command_starts_listens_on_loopback_only(tmp_path: Path) -> None:
     """In a process of its own: what decides it is read when Ray is imported."""
     own = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
@@ -304,7 +304,7 @@ def guarded_ray(home: Path, port: int, dashboard: int, agent: int) -> Iterator[d
         head.wait()
 
 
-@pytest.mark.slow  # a head takes 20 s to start, a job as long
+@pytest.mark.long  # a head takes 20 s to start, a job as long
 def test_job_is_refused_without_the_token_and_runs_with_it(tmp_path: Path) -> None:
     """The same that a study is submitted by; the token gets nowhere but where it is needed."""
     home = Path(tempfile.mkdtemp(prefix="e2lora-ray-"))  # sockets lie there: a short path

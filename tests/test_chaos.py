@@ -84,6 +84,13 @@ def stop_job(scene: Scene, worker: psutil.Process) -> None:
     scene.cluster.command("job", "stop", f"chaos-{scene.submissions}")
 
 
+def kill_head(scene: Scene, worker: psutil.Process) -> None:
+    """The whole cluster goes; another one takes its place."""
+    scene.cluster.__exit__()
+    end(scene.running)
+    scene.start_cluster()
+
+
 def kill_tracking(scene: Scene, worker: psutil.Process) -> None:
     """It comes back after a while."""
     end(scene.tracking)
@@ -121,6 +128,7 @@ VICTIMS: dict[str, Callable[[Scene, psutil.Process], None]] = {
     "node": kill_node,
     "Tune driver": kill_driver,
     "submitted job": stop_job,
+    "head and nodes": kill_head,
     "MLflow server": kill_tracking,
     "disk full": fill_disk,
     "node's network": cut_node_off,

@@ -170,7 +170,7 @@ def rays_own() -> Iterator[Path]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.mark.slow  # a whole study, a server, and a winner that is registered
+@pytest.mark.long  # a whole study, a server, and a winner that is registered
 def test_whole_study_leaves_no_secret_in_its_files_mlflow_rays_logs_or_output(
     tmp_path: Path, rays_own: Path
 ) -> None:

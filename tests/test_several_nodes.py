@@ -17,7 +17,7 @@ from tests.scene import (
 )
 from tests.several_nodes import wait_until
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 
 @pytest.fixture(scope="module")

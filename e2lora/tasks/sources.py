@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from e2lora.assets import mirrored, resolve
+from e2lora.hub import AWAY_REMEDY, absence, first_line, remedy
 from e2lora.tasks.remote import is_uri, local_copy
 
 READERS = {
@@ -36,6 +37,16 @@ UNNAMED = re.compile(  # as parts are called that name no split
     r"|part-\d.*"  # by Spark
     r"|(\w+_)?[0-9a-f]{32}_\d{6}.*"  # by Ray Data: data set, UUID, task, block
 )
+
+
+RULE = (
+    "the data must be a readable local file or folder, a URI, demo:NAME, or a hub name that can be "
+    "reached"
+)
+
+
+class HubAway(ValueError):
+    """No hub, and not these rows in this node's cache."""
 
 
 @dataclass(frozen=True)
@@ -94,25 +105,45 @@ class Source:
         Raises:
             ValueError: it can't be read, or holds no rows.
         """
-        import datasets
-
         try:
-            if self.files is None:
-                rows = datasets.load_dataset(self.name, self.subset, split=split)
-            else:
-                rows = _rows_of(self.files[split])
+            rows = self._of_hub(split) if self.files is None else _rows_of(self.files[split])
+        except HubAway:
+            raise
         except Exception as error:  # each reader and the hub raise their own kinds
             if "corresponds to no data" in str(error):
                 raise self._no_rows(split) from error
+            what = self._broken_line(split) or first_line(_first_cause(error))
+            to_do = "Check the name, or the file's lines."
+            if self.files is None:
+                to_do = remedy("dataset", self.name, error)
             raise ValueError(
-                "the data must be a readable local file or folder, a URI, demo:NAME, or a hub "
-                f"name that can be reached; got {self.name!r}, split {split!r}: "
-                f"{self._broken_line(split) or _first_cause(error)} Check the name, the file's "
-                "lines, or your access to the hub."
+                f"{RULE}; got {self.name!r}, split {split!r}: {what} {to_do}"
             ) from error
         if len(rows) == 0:
             raise self._no_rows(split)
         return rows
+
+    def _of_hub(self, split: str) -> Any:
+        """Rows of the hub, or those that this node's cache kept of it while the hub is away."""
+        import datasets
+        from datasets.packaged_modules.cache.cache import Cache
+
+        away = absence()
+        if away is None:
+            return datasets.load_dataset(self.name, self.subset, split=split)
+        try:
+            return Cache(
+                dataset_name=self.name.rpartition("/")[2],
+                repo_id=self.name,
+                config_name=self.subset,
+                version="auto",
+                hash="auto",
+            ).as_dataset(split)
+        except ValueError as error:  # nothing is kept, or no such subset or split
+            raise HubAway(
+                f"{RULE}; got {self.name!r}, split {split!r}, which this node's cache can't give "
+                f"({first_line(error)}), and {away}. {AWAY_REMEDY}, or name a local file or folder."
+            ) from error
 
     def _no_rows(self, split: str) -> ValueError:
         return ValueError(f"split {split!r} of {self.name!r} holds no rows. Name another one.")
@@ -142,12 +173,11 @@ def _rows_of(files: Sequence[Path]) -> Any:
     return Dataset.from_json(paths) if reader == "json" else Dataset.from_parquet(paths)
 
 
-def _first_cause(error: BaseException) -> str:
+def _first_cause(error: BaseException) -> BaseException:
     """What was wrong at the bottom: `datasets` only says that reading failed."""
     while error.__cause__ is not None:
         error = error.__cause__
-    lines = str(error).splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+    return error
 
 
 def _subfolder(folder: Path, name: str, subset: str) -> Path:
