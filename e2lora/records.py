@@ -6,6 +6,7 @@ STORAGE/STUDY/
   optuna.journal             the ledger of trials
   answered.json              suggestions that needed no training, and why
   profiles/KEY.json          GradientProfile, one per model x task x seed x calibration
+  weights/KEY.json           which weights each model had when the first trial began
   trials/00007/
     suggestion.json          Suggestion: where its configuration comes from
     trial.json               TrialConfig

@@ -7,6 +7,7 @@ idle, that broadcast is the heartbeat that keeps collectives from timing out.
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 import time
@@ -159,7 +160,11 @@ class Work:
 
 
 def run_trial_job(work: Work) -> dict[str, Any]:
-    """Payload: ``folder`` of the trial, which holds its plan.json; ``test`` to score test rows."""
+    """Payload: ``folder`` of the trial, which holds its plan.json; ``test`` to score test rows;
+    ``weights``, the folder where a study keeps which weights its models have.
+    """
+    if "weights" in work.payload:
+        require_same_weights(Path(work.payload["weights"]), work.config, work.base)
     folder = TrialFolder(Path(work.payload["folder"]))
     plan = folder.plan()
     measured_on = plan.measured_on.model_fingerprint if plan.measured_on else None
@@ -186,6 +191,27 @@ def run_trial_job(work: Work) -> dict[str, Any]:
         "adapter_parameters": trained.adapter_parameters,
         "head_parameters": trained.head_parameters,
     }
+
+
+def require_same_weights(folder: Path, config: TrialConfig, base: Base) -> None:
+    """All trials of a study must start from the same weights; the first says which.
+
+    A name on a hub, or a folder, may come to hold others in the meantime.
+
+    Raises:
+        ValueError: these are others.
+    """
+    key = f"{config.model.fingerprint()}-{config.task.kind}-{config.training.precision}"
+    file = folder / f"{key}.json"
+    if not file.exists():
+        write_json(file, {"model": config.model.name, "weights": base.fingerprint})
+    known = json.loads(file.read_text(encoding="utf-8"))["weights"]
+    if known != base.fingerprint:
+        raise ValueError(
+            f"all trials of a study must start from the same weights; {config.model.name!r} had "
+            f"{known} when this one began, and has {base.fingerprint} now. Restore them, pin the "
+            "`revision` of a hub's model, or begin another study."
+        )
 
 
 def run_profile_job(work: Work) -> dict[str, Any]:

@@ -49,6 +49,7 @@ ROOMS = (
     *PURE,
     "memory",
     "masking",
+    "hub",
     "assets",
     "command",
     "partitioned",

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,7 +32,7 @@ from e2lora.tasks import load_task
 from e2lora.training import Reports, TrialStopped, run_trial
 from e2lora.training.health import OutOfMemory
 from e2lora.weights import own_weights, wrapped_modules
-from e2lora.worker import Link, failure_of, serve
+from e2lora.worker import Link, failure_of, require_same_weights, serve
 from tests.conftest import ROOT
 from tests.kinds import made_up_profile
 from tests.small import MODEL, small_trial
@@ -490,6 +491,19 @@ FAILURES: dict[str, tuple[Exception, str]] = {
 def test_worker_tells_failures_apart(what: str) -> None:
     error, kind = FAILURES[what]
     assert failure_of(error) == kind
+
+
+def test_weights_that_changed_since_the_study_began_are_refused(tmp_path: Path) -> None:
+    def base(bits: str) -> Any:
+        return SimpleNamespace(fingerprint=bits)
+
+    config = small_trial()
+    require_same_weights(tmp_path, config, base("first"))
+    require_same_weights(tmp_path, config, base("first"))
+    narrow = config.training.model_copy(update={"precision": "bf16"})
+    require_same_weights(tmp_path, config.model_copy(update={"training": narrow}), base("others"))
+    with pytest.raises(ValueError, match=r"had first when this one began, and has second now"):
+        require_same_weights(tmp_path, config, base("second"))
 
 
 if __name__ == "__main__":

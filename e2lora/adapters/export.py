@@ -29,7 +29,7 @@ from e2lora.adapters.family import DEFAULT_NAME, Ability
 from e2lora.adapters.portable import write_portable
 from e2lora.adapters.record import BaseRecord, export_card
 from e2lora.adapters.storage import CARD, INITIAL, load_adapter, read_folder
-from e2lora.assets import resolve
+from e2lora.assets import fetch_configuration, resolve
 from e2lora.config import ModelConfig
 from e2lora.models import load_model, load_processor
 from e2lora.records import write_text
@@ -219,7 +219,8 @@ def _require_architecture(base: BaseRecord) -> None:
 
     assert base.model is not None
     try:
-        config = AutoConfig.from_pretrained(base.model.name)
+        place = fetch_configuration(base.model.name, base.model.revision)
+        config = AutoConfig.from_pretrained(place)
     except (OSError, ValueError):
         return  # loading it says what is wrong
     wanted = _class_of(base).config_class.model_type

@@ -65,8 +65,13 @@ def job_of(folder: TrialFolder) -> Job:
     Its key says of which stage it is: numbers begin anew in each.
     """
     trial = folder.config()
-    payload = {"config": trial.model_dump_json(), "folder": str(folder.path)}
     is_final = folder.suggestion().origin == "seeds"
+    study = folder.path.parents[2 if is_final else 1]
+    payload = {
+        "config": trial.model_dump_json(),
+        "folder": str(folder.path),
+        "weights": str(study / "weights"),
+    }
     if is_final and trial.task.test_split:
         payload["test"] = "once, by the weights that are kept"
     return Job(
