@@ -209,4 +209,4 @@ def test_doctor_of_this_machine_finds_it_fit_and_leaves_nothing(
     assert said.rstrip().endswith("a study can run")
     for check in ("nodes", "groups", "versions", "storage", "models, data", "MLflow"):
         assert check in said
-    assert list(tmp_path.iterdir()) == []
+    assert list((tmp_path / "results").iterdir()) == []

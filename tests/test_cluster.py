@@ -84,8 +84,9 @@ def test_node_that_fails_or_is_silent_is_told_with_the_reason() -> None:
 
 
 def test_storage_that_all_nodes_see_is_accepted_and_left_as_it_was(tmp_path: Path) -> None:
-    require_sound_cluster(tmp_path / "new" / "storage", [GroupSpec.of(small_trial().training)])
-    assert list(tmp_path.iterdir()) == []
+    storage = tmp_path / "new" / "storage"
+    require_sound_cluster(storage, [GroupSpec.of(small_trial().training)])
+    assert list(storage.iterdir()) == []
 
 
 def test_storage_that_a_node_does_not_see_is_refused(

@@ -81,9 +81,8 @@ def check_cluster(
 
 @contextmanager
 def _passing_folder(storage: Path) -> Iterator[Path]:
-    """For the nodes' notes; gone afterwards, the storage folder too if it wasn't there."""
+    """For the nodes' notes; gone afterwards. The storage folder is made if it isn't there."""
     folder = storage / f".checkup-{uuid.uuid4().hex[:8]}"
-    made = [parent for parent in (storage, *storage.parents) if not parent.exists()]
     folder.mkdir(parents=True)
     try:
         yield folder
@@ -91,5 +90,3 @@ def _passing_folder(storage: Path) -> Iterator[Path]:
         for note in folder.iterdir():
             note.unlink(missing_ok=True)
         folder.rmdir()
-        for parent in made:
-            parent.rmdir()
