@@ -211,6 +211,10 @@ class Broker:
         self._lose_all_of(group, f"its worker group {group} died")
         return self._incarnations[group]
 
+    def leave(self, group: str) -> None:
+        """A group's workers are gone, and others may be long in coming: what it held is lost."""
+        self._lose_all_of(group, f"its worker group {group} died")
+
     def next_attempt(self, group: str, incarnation: int, spec: GroupSpec) -> Attempt | str | None:
         """An attempt for an idle group; ``"retire"`` if it should end; None if nothing waits."""
         self._expire()

@@ -55,6 +55,10 @@ class BrokerActor:
     async def join(self, group: str) -> int:
         return self._after_change(self._broker.join(group))
 
+    async def leave(self, group: str) -> None:
+        self._broker.leave(group)
+        self._after_change()
+
     async def alive(
         self,
         token: str,

@@ -360,7 +360,7 @@ class Pool:
                 name=f"{self.broker_name}-{name}",
                 storage_path=str(self._storage),
                 failure_config=FailureConfig(max_failures=-1),
-                callbacks=[_ends_when_unwanted(self.broker_name, name)],
+                callbacks=[_tie_to_broker(self.broker_name, name)],
             ),
         )
         try:
@@ -382,7 +382,7 @@ def trainer_class() -> type:
 
     That helper asks the Ray which was started last on this machine. With a second one there, of
     another study, it finds no controller of ours, and every group dies. What it is there for is
-    done by :func:`_ends_when_unwanted`.
+    done by :func:`_tie_to_broker`.
     """
     from ray.train.torch import TorchTrainer
     from ray.train.v2._internal.callbacks.placement_group_callback import (
@@ -397,15 +397,18 @@ def trainer_class() -> type:
     return GroupTrainer
 
 
-def _ends_when_unwanted(broker_name: str, name: str) -> Any:
+def _tie_to_broker(broker_name: str, name: str) -> Any:
     """A callback of Ray Train's controller, which owns a group's workers and placement group.
+
+    When workers die, the broker hears of it at once: new ones may have to wait until another kind
+    of group makes room, which it does only for jobs that wait.
 
     A run that waits for resources can't be told to stop: its controller ends itself when the group
     is given up, or the broker is gone, and with it goes all that it holds or has asked for.
     """
     from ray.train.v2._internal.execution.callback import ControllerCallback
 
-    class EndsWhenUnwanted(ControllerCallback):
+    class TiedToBroker(ControllerCallback):
         def after_controller_start(self, train_run_context: Any) -> None:
             import ray
 
@@ -418,7 +421,17 @@ def _ends_when_unwanted(broker_name: str, name: str) -> Any:
             while self.ending.is_set():  # it asks for nothing more
                 time.sleep(1.0)
 
-    return EndsWhenUnwanted()
+        def before_controller_execute_failure_decision(self, *what: Any, **more: Any) -> None:
+            threading.Thread(target=_leave, args=(broker_name, name), daemon=True).start()
+
+    return TiedToBroker()
+
+
+def _leave(broker_name: str, name: str) -> None:
+    import ray
+
+    with suppress(ValueError, ray.exceptions.RayActorError):  # there is no broker any more
+        ray.get(ray.get_actor(broker_name).leave.remote(name))
 
 
 def _end_when_unwanted(

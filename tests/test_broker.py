@@ -146,6 +146,17 @@ def test_client_is_told_only_what_is_new(broker: Broker) -> None:
 # ---- lost attempts ----------------------------------------------------------------------------
 
 
+def test_group_that_left_loses_its_job_long_before_it_comes_again(broker: Broker) -> None:
+    broker.submit(job())
+    attempt = take(broker)
+    broker.leave("g1")
+    assert broker.demand() == {SPEC: 1}, "another group may have it"
+    assert refused_everywhere(broker, attempt.token)
+    broker.join("g1")
+    assert news(broker).attempts == 1
+    assert not news(broker).ended, "it was lost once, not twice"
+
+
 def test_restarted_group_loses_its_job_and_its_old_token_is_refused(broker: Broker) -> None:
     broker.submit(job())
     old = take(broker, "g1")
