@@ -136,6 +136,8 @@ class _Decision:
         self.there = [group.spec for group in groups]  # holding room now, or about to
         self.staying = [group for group in groups if not group.retiring]
         self.kept_free: list[GroupSpec] = []  # room that others may not take
+        # a node was lost: those that were on it can't come again where others are
+        self.crowded = not fits(nodes, [group.spec for group in self.staying])
 
     def made(self) -> Moves:
         for group in self.staying[:]:
@@ -165,7 +167,9 @@ class _Decision:
         if missing > 0:
             self.moves.lacking[spec] = missing
         none_at_work = not any(g.spec == spec and (g.up or g.busy) for g in self.staying)
-        stuck = none_at_work and any(g.still_seconds > self.patience.coming for g in free)
+        stuck = none_at_work and any(
+            g.still_seconds > self.patience.coming or (self.crowded and not g.up) for g in free
+        )
         if possible and (missing > 0 or stuck) and spec not in self.moves.start:
             forced = none_at_work and wish.hungry_seconds >= self.patience.turn
             self._make_room(spec, forced, stuck)

@@ -106,6 +106,16 @@ def test_group_whose_nodes_are_gone_is_given_up_and_starts_again_when_they_come(
     assert next_moves([Node(1), Node(1)], [], {PAIR: Wish(1)}).start == [PAIR]
 
 
+def test_lost_groups_that_come_again_on_another_node_have_room_made_at_once() -> None:
+    """Before its node was lost, all three had room; they are no longer at their jobs."""
+    again = [held("a", up=False, still_seconds=1), held("b", up=False, still_seconds=1)]
+    idle = held("wide", PAIR, still_seconds=60)
+    moves = next_moves([Node(2)], [*again, idle], {ONE: Wish(2)})
+    assert (moves.retire, moves.start, moves.give_up) == (["wide"], [], [])
+    moves = next_moves([Node(2), Node(2)], [*again, idle], {ONE: Wish(2)})
+    assert moves.retire == [], "they are only coming"
+
+
 def test_idle_groups_beyond_one_go_after_a_while_though_nobody_wants_their_place() -> None:
     groups = [held(name, still_seconds=301) for name in "abc"]
     assert sorted(next_moves([Node(3)], groups, {}).retire) == ["b", "c"]
