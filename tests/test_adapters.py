@@ -164,7 +164,10 @@ REAL = {
 }
 
 
-@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize(
+    "name",
+    ["minilm-l6", *(pytest.param(name, marks=pytest.mark.long) for name in list(REAL)[1:])],
+)
 @pytest.mark.parametrize("a_scope", ["interval", "type"])
 def test_real_model_is_adapted_saved_loaded_and_handed_to_plain_peft(
     name: str, a_scope: Any, tmp_path: Path

@@ -103,6 +103,7 @@ def test_storage_that_a_node_cannot_write_to_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("e2lora.checkup.facts_here", _facts_of_a_folder_that_is_not_there)
+    monkeypatch.setattr("e2lora.checkup.notes_missing", _looks_without_patience)
     with pytest.raises(ValueError, match=r"must be able to write to .*FileNotFoundError.*Mount it"):
         require_sound_cluster(tmp_path, [])
 

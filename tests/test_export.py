@@ -490,6 +490,7 @@ def test_export_of_another_function_is_noticed_and_not_left(
 # ---- a real model, from the command line ------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_process")
 def test_adapter_of_a_trial_is_exported_by_the_command(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

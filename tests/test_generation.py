@@ -296,6 +296,7 @@ def test_prompt_that_leaves_no_room_in_the_models_positions_is_refused(model: An
 # ---- a real model -----------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_smollm_answers_prompts_of_many_lengths_together_as_alone() -> None:
     from transformers import AutoModelForCausalLM
 

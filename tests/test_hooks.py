@@ -420,7 +420,7 @@ def test_plain_loops_prune_and_mask_as_much_as_they_shall(plain: dict[str, Any])
 
 @pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", ["AdaLoRA", "LoRI-S"])
+@pytest.mark.parametrize("name", ["AdaLoRA", pytest.param("LoRI-S", marks=pytest.mark.slow)])
 def test_trial_resumed_in_any_phase_equals_an_uninterrupted_one_bit_for_bit(
     tmp_path: Path, name: str, precision: str
 ) -> None:

@@ -158,6 +158,7 @@ def test_study_runs_to_its_end_and_stands_the_same_everywhere(undisturbed: Path)
         assert said in log
 
 
+@pytest.mark.slow
 def test_same_command_again_runs_nothing_and_more_trials_extend(undisturbed: Path) -> None:
     study = StudyFolder(undisturbed / "results", NAME)
     before = {t.number: t.result_file.read_text() for t in study.trial_folders()}
@@ -292,7 +293,7 @@ def test_isolated_trials_give_the_same_numbers(undisturbed: Path, tmp_path: Path
         assert numbers_of(command.folder.trial(number)) == numbers_of(reference.trial(number))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_study_over_every_family_completes_and_each_trial_can_be_loaded(tmp_path: Path) -> None:
     """Families that change base weights among them: the next trial gets the base as it was."""
     command = Command(tmp_path, space="tests.every_family")

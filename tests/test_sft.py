@@ -369,6 +369,7 @@ def attention_targets() -> list[Target]:
 # ---- real data and a real model ---------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_gsm8k_is_read_whole_and_scored_by_a_real_model() -> None:
     config = SftConfig(
         data=data_folder("gsm8k"),

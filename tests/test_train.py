@@ -358,7 +358,7 @@ def test_resumed_trial_equals_an_uninterrupted_one_bit_for_bit(
 
 
 @pytest.mark.usefixtures("one_process")
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_bf16_trial_resumes_exactly_and_leaves_its_base_as_it_was(
     stage: int, tmp_path: Path
 ) -> None:
