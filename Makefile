@@ -28,7 +28,7 @@ test-slow: setup  ## the slow tests: several processes, whole studies
 test-long: setup  ## the longest ones: several nodes, fifty trials on one worker, all of ZeRO-3
 	$(PY) -m pytest -m long $(ARGS)
 
-test-chaos: setup  ## studies on three nodes with something killed at every moment (half an hour)
+test-chaos: setup  ## studies on three nodes with something killed at every moment (over an hour)
 	$(PY) -m pytest -m chaos $(ARGS)
 
 lint: setup  ## ruff and mypy
