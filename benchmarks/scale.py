@@ -95,11 +95,11 @@ def grow(folder: Path, num_trials: int, num_windows: int, sampler: str) -> list[
     clock.watch(Progress, "pulse", "pulse")
     windows: list[dict[str, float]] = []
     size, ended, began = num_trials // num_windows, 0, time.perf_counter()
-    told = Progress.on_trial_complete
+    tell = Progress.on_trial_complete
 
     def on_trial_complete(self: Any, *arguments: Any, **named: Any) -> None:
         nonlocal ended, began
-        told(self, *arguments, **named)
+        tell(self, *arguments, **named)
         ended += 1
         if ended % size == 0:
             now = time.perf_counter()
@@ -107,6 +107,8 @@ def grow(folder: Path, num_trials: int, num_windows: int, sampler: str) -> list[
             window |= {"wall": 1000 * (now - began) / size, "ended": ended}
             window["MiB"] = process.memory_info().rss / 2**20
             windows.append(window)
+            told = ", ".join(f"{what} {value:.1f}" for what, value in window.items())
+            print(f"window {len(windows)}, ms per trial: {told}", file=sys.stderr, flush=True)
             clock.spent.clear()
             began = now
 
