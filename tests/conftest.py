@@ -6,6 +6,7 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -50,6 +51,12 @@ def needs_package(name: str, extra: str) -> None:
     if importlib.util.find_spec(name) is None:
         LACKING.append(f"{name}, of e2lora[{extra}]")
         pytest.skip(f"{name} isn't installed: pip install 'e2lora[{extra}]'")
+
+
+def needs_root(what: str, error: object) -> NoReturn:
+    """Something of the machine's that only root may make; skips, counted."""
+    LACKING.append(f"{what}, by root")
+    pytest.skip(f"{what} can only be made by root: {error}")
 
 
 def _found(path: Path) -> str:

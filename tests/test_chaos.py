@@ -25,6 +25,7 @@ import pytest
 
 from e2lora.text_table import text_table
 from tests.chaos_space import KINDS
+from tests.conftest import needs_root
 from tests.scene import (
     Scene,
     numbers_of,
@@ -179,7 +180,7 @@ def storage(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
     if small:
         made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)])
         if made.returncode:
-            pytest.skip("a small file system can only be mounted by root")
+            needs_root("a small file system", f"mount ended with {made.returncode}")
     yield folder
     if small:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
@@ -194,7 +195,7 @@ def network(request: pytest.FixtureRequest) -> Iterator[OwnNetwork | None]:
     try:
         made = OwnNetwork()
     except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"a network namespace can only be made by root, with `ip`: {error}")
+        needs_root("a network namespace (with `ip`)", error)
     yield made
     made.close()
 
