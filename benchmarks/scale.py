@@ -1,11 +1,12 @@
 """What a trial costs the driver, Optuna and MLflow as a study grows to thousands of them.
 
-    python benchmarks/scale.py                      # 2,000 trials, some minutes
+    python benchmarks/scale.py                      # 2,000 trials, a quarter of an hour
     python benchmarks/scale.py --trials 400 --sampler tpe
 
 Search, ledger, Ray Tune, broker, records, MLflow and report are the real ones; in place of training
-stands a known function that takes no time. A window is so many trials that ended one after another:
-a cost that doesn't grow with the study is the same in all of them.
+stands a known function. The first trials take as long as the processes of the thin trials need to
+start; afterwards Tune uses these again. A window is so many trials that ended one after another: a
+cost that doesn't grow with the study is the same in all of them.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+SECONDS_TO_START = 4.0
+"""Of a thin trial's process, generously."""
 
 
 def main() -> int:
@@ -32,7 +35,8 @@ def main() -> int:
     parser.add_argument("--trials", type=int, default=2000)
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--sampler", default="random", help="random has no cost of its own")
-    parser.add_argument("--cpus", type=int, default=2, help="trials at once")
+    parser.add_argument("--at-once", type=int, default=8, help="trials; each has its thin one")
+    parser.add_argument("--seconds", type=float, default=1.0, help="that a trial takes")
     options = parser.parse_args()
     sys.path.insert(0, str(ROOT))
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
@@ -43,9 +47,9 @@ def main() -> int:
     os.environ.update(QUIET)
     import ray
 
-    ray.init("local", num_cpus=options.cpus, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=options.at_once, include_dashboard=False, log_to_driver=False)
     with tempfile.TemporaryDirectory() as folder:
-        windows = grow(Path(folder), options.trials, options.windows, options.sampler)
+        windows = grow(Path(folder), options)
         reports = report_seconds(Path(folder), options.trials)
     ray.shutdown()
     print(table(windows, reports))
@@ -72,7 +76,7 @@ class Clock:
         setattr(owner, method, timed)
 
 
-def grow(folder: Path, num_trials: int, num_windows: int, sampler: str) -> list[dict[str, float]]:
+def grow(folder: Path, options: argparse.Namespace) -> list[dict[str, float]]:
     """Run the study; what each window cost per trial, in milliseconds, and the driver's memory."""
     import optuna
     import psutil
@@ -84,7 +88,7 @@ def grow(folder: Path, num_trials: int, num_windows: int, sampler: str) -> list[
     from e2lora.tracking import Tracker
     from tests.synthetic import run_synthetic
 
-    study, place = stub_study(num_trials, sampler), StudyFolder(folder, "scale")
+    study, place = stub_study(options.trials, options.sampler), StudyFolder(folder, "scale")
     tracker = Tracker(f"sqlite:///{folder}/mlflow.db", place, record_of(study, "scale", place))
     clock, process = Clock(), psutil.Process()
     clock.watch(optuna.Study, "ask", "Optuna")
@@ -94,7 +98,7 @@ def grow(folder: Path, num_trials: int, num_windows: int, sampler: str) -> list[
     clock.watch(tracker, "mirror_trial", "MLflow")
     clock.watch(Progress, "pulse", "pulse")
     windows: list[dict[str, float]] = []
-    size, ended, began = num_trials // num_windows, 0, time.perf_counter()
+    size, ended, began = options.trials // options.windows, 0, time.perf_counter()
     tell = Progress.on_trial_complete
 
     def on_trial_complete(self: Any, *arguments: Any, **named: Any) -> None:
@@ -113,7 +117,13 @@ def grow(folder: Path, num_trials: int, num_windows: int, sampler: str) -> list[
             began = now
 
     Progress.on_trial_complete = on_trial_complete  # type: ignore[method-assign]
-    run_synthetic(study, place, known_function, tracker=tracker)
+    ready_at = time.monotonic() + SECONDS_TO_START * options.at_once
+
+    def takes_time(config: Any) -> Sequence[tuple[int, float]]:
+        time.sleep(max(options.seconds, ready_at - time.monotonic()))
+        return known_function(config)
+
+    run_synthetic(study, place, takes_time, tracker=tracker)
     return windows
 
 

@@ -224,6 +224,7 @@ class StudyFolder:
         self.profiles = self.path / "profiles"
         self.trials = self.path / "trials"
         self.report = self.path / "report"
+        self.tune = self.path / "tune"
 
     @property
     def seeds(self) -> StudyFolder:
@@ -244,6 +245,10 @@ class StudyFolder:
 
     def trial(self, number: int) -> TrialFolder:
         return TrialFolder(self.trials / f"{number:05d}")
+
+    def tune_trial(self, number: int) -> Path:
+        """Where Tune keeps what it heard of a trial: it writes now and then, not at once."""
+        return self.tune / f"trial-{number:05d}"
 
     def trial_folders(self) -> list[TrialFolder]:
         """Those that hold a configuration, by number."""

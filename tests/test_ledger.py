@@ -88,6 +88,7 @@ def finish(
         attempts=1,
     )
     write_json(folder.trial(number).result_file, result)
+    folder.tune_trial(number).mkdir(parents=True, exist_ok=True)
 
 
 def test_points_come_first_and_a_full_study_suggests_nothing(
@@ -101,8 +102,8 @@ def test_points_come_first_and_a_full_study_suggests_nothing(
     finish(folder, 0, 0.5)
     search.on_trial_complete("a", None)
     assert search._ledger.trials[0].values == [0.5, 10.0]
-    assert searcher(folder, plans, num_trials=2).num_suggestions == 1
-    assert searcher(folder, plans, num_trials=4).num_suggestions == 3
+    assert searcher(folder, plans, num_trials=2).num_to_run == 1
+    assert searcher(folder, plans, num_trials=4).num_to_run == 3
 
 
 def test_trial_that_was_asked_for_but_never_written_is_asked_for_again(
@@ -140,6 +141,24 @@ def test_result_that_was_written_but_not_told_is_told_without_running(
     resumed = searcher(folder, plans)
     assert resumed._ledger.trials[0].values == [0.75, 10.0]
     assert resumed.suggest("b")["trial"] == 1
+
+
+def test_trial_that_tune_has_no_record_of_is_given_to_it_and_not_run(
+    folder: StudyFolder, plans: Plans
+) -> None:
+    search = searcher(folder, plans, num_trials=2)
+    for number, name in enumerate("ab"):
+        search.suggest(name)
+        finish(folder, number, 0.5)
+    search.on_trial_complete("a", None)  # the driver dies before it hears of b
+    for number in (0, 1):
+        folder.tune_trial(number).rmdir()
+    resumed = searcher(folder, plans, num_trials=2)
+    assert (resumed.num_to_run, resumed.num_suggestions) == (0, 2)
+    assert [resumed.suggest(name)["trial"] for name in "xy"] == [0, 1]
+    assert resumed.suggest("z") == Searcher.FINISHED
+    resumed.on_trial_complete("x", None)
+    assert [trial.values for trial in resumed._ledger.trials] == [[0.5, 10.0]] * 2
 
 
 def test_interrupted_trial_and_one_whose_watcher_died_stay_open(

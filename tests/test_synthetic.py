@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -86,6 +88,24 @@ def test_tpe_finds_a_better_front_than_random_at_equal_trials(tmp_path: Path) ->
 
 def _at_seed(seed: int) -> Any:
     return lambda trial: space(trial).model_copy(update={"seed": seed})
+
+
+def test_tune_hears_of_a_trial_that_ended_when_the_driver_was_killed(tmp_path: Path) -> None:
+    folder = StudyFolder(tmp_path, "unheard")
+    run_synthetic(replace(STUDY, num_trials=2), folder, curve)
+    kept = folder.tune_trial(1) / "result.json"
+    before = [json.loads(line) for line in kept.read_text().splitlines()]
+    shutil.rmtree(folder.tune_trial(1))  # Tune writes now and then: as if killed before
+    written = folder.trial(1).result_file.stat().st_mtime_ns
+
+    def never(config: TrialConfig) -> Any:
+        raise AssertionError("it has ended")
+
+    assert run_synthetic(replace(STUDY, num_trials=2), folder, never).num_complete == 2
+    after = [json.loads(line) for line in kept.read_text().splitlines()]
+    told = ("accuracy", "step", "adapter_parameters", "ended")
+    assert [[t[name] for name in told] for t in after] == [[t[n] for n in told] for t in before]
+    assert folder.trial(1).result_file.stat().st_mtime_ns == written
 
 
 @pytest.mark.slow

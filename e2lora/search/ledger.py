@@ -49,8 +49,9 @@ class Answered(Exception):
 class LedgerSearch(OptunaSearch):
     """OptunaSearch over spaces that return a :class:`TrialConfig`, on durable storage.
 
-    Unfinished trials of an earlier run come first, under their own numbers; then the quota of every
-    cell and the study's points; then the sampler's, until ``num_trials`` exist.
+    Trials of an earlier run come first, under their own numbers: those that have not ended, and
+    those that have but of which Tune, killed, kept no record; then the quota of every cell and the
+    study's points; then the sampler's, until ``num_trials`` exist.
 
     Args:
         num_trials: None: those that the study gives, and those that are there already.
@@ -100,6 +101,7 @@ class LedgerSearch(OptunaSearch):
         self._known = _identities(folder)
         self._twins: dict[int, list[int]] = {}
         self._unfinished = self._settle(existing)
+        self._unrecorded = self._ended_without_record()
 
     # ---- how far it is ------------------------------------------------------------------------
 
@@ -111,10 +113,15 @@ class LedgerSearch(OptunaSearch):
         return self._num_trials + len(self._retried())
 
     @property
-    def num_suggestions(self) -> int:
-        """How many trials are still to be run: unfinished ones and new ones."""
+    def num_to_run(self) -> int:
+        """Unfinished trials and new ones."""
         started = [t for t in self._of_study() if t.state != TrialState.WAITING]
         return len(self._unfinished) + max(0, self.num_trials - len(started))
+
+    @property
+    def num_suggestions(self) -> int:
+        """How many trials Tune is still to be given: some it only has to record."""
+        return len(self._unrecorded) + self.num_to_run
 
     @property
     def num_open(self) -> int:
@@ -168,8 +175,8 @@ class LedgerSearch(OptunaSearch):
                 self._ledger.enqueue_trial(dict(point), user_attrs={ORIGIN: origin})
 
     def suggest(self, trial_id: str) -> Any:
-        if self._unfinished:
-            frozen = self._unfinished.pop(0)
+        if known := self._unfinished or self._unrecorded:
+            frozen = known.pop(0)
             self._ot_trials[trial_id] = optuna.trial.Trial(self._ledger, frozen._trial_id)
         elif self.num_suggestions == 0 or self._is_over() or self.is_exhausted:
             return Searcher.FINISHED
@@ -308,6 +315,16 @@ class LedgerSearch(OptunaSearch):
             else:
                 unfinished.append(trial)
         return unfinished
+
+    def _ended_without_record(self) -> list[FrozenTrial]:
+        """Refused trials never come to Tune: they have no plan."""
+        return [
+            trial
+            for trial in self._of_study()
+            if trial.state.is_finished()
+            and self._folder.trial(trial.number).plan_file.exists()
+            and not self._folder.tune_trial(trial.number).exists()
+        ]
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Optuna takes no intermediate values in a study of several objectives."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -197,7 +198,7 @@ class Stage:
         if not search.num_suggestions:
             print(f"all {what} of this study have ended", flush=True)
             return search
-        kind, remaining = self.kinds[0], search.num_suggestions
+        kind, remaining = self.kinds[0], search.num_to_run
         self.num_run += remaining
         num_groups = min(remaining, slots(kind))
         print(
@@ -206,11 +207,11 @@ class Stage:
             f"{', each on a fresh one' if self.options.isolated else ''}\nin {folder.path}",
             flush=True,
         )
-        if not self.options.isolated:
+        if remaining and not self.options.isolated:
             self.pool.warm(kind, num_groups)
         with Progress(folder, self.pool, self.plans, self.tracker, search.num_trials) as progress:
             self.plans.measure_profiles(given_configurations(study), self.pool)
-            _tune(search, folder, remaining, progress)
+            _tune(search, folder, progress)
         self.pool.require_healthy()
         return search
 
@@ -228,25 +229,27 @@ def keep_credentials_out_of_trials() -> None:
     HANDED_ON.difference_update({name for name in HANDED_ON if name.startswith("AWS_")})
 
 
-def _tune(search: LedgerSearch, folder: StudyFolder, remaining: int, progress: Progress) -> None:
+def _tune(search: LedgerSearch, folder: StudyFolder, progress: Progress) -> None:
     from ray import tune
     from ray.tune.logger import JsonLoggerCallback
 
     keep_credentials_out_of_trials()
+    # else one thin trial starts after another, and a large cluster fills slowly
+    os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", "8")
 
     def name(trial: Any) -> str:
-        return f"trial-{trial.config['trial']:05d}"
+        return folder.tune_trial(trial.config["trial"]).name
 
     tune.Tuner(
         tune.with_resources(thin_trial, HEAD),
         tune_config=tune.TuneConfig(
             search_alg=search,
-            num_samples=remaining,
+            num_samples=search.num_suggestions,
             reuse_actors=True,
             trial_dirname_creator=name,
         ),
         run_config=tune.RunConfig(
-            name="tune",
+            name=folder.tune.name,
             storage_path=str(folder.path),
             verbose=0,
             callbacks=[progress, JsonLoggerCallback()],

@@ -16,8 +16,9 @@ from e2lora.search.pruning import Curve, is_hopeless
 def thin_trial(config: dict[str, Any]) -> None:
     """Watch over one trial; what it accepts is on disk before Tune hears of it.
 
-    A trial that fails is a result, not an exception: an exception here means that this watcher
-    itself broke, and Tune then starts it again; it attaches to the job that goes on meanwhile.
+    Of one that has ended, Tune is told what is on disk. A trial that fails is a result, not an
+    exception: an exception here means that this watcher itself broke, and Tune then starts it
+    again; it attaches to the job that goes on meanwhile.
 
     Args:
         config: ``folder`` of the trial, name of the ``broker``, its ``adapter_parameters`` and
@@ -27,7 +28,16 @@ def thin_trial(config: dict[str, Any]) -> None:
     import ray
     from ray import tune
 
+    def tell(evaluation: Mapping[str, Any], last: bool) -> None:
+        told = {"step": evaluation["step"], "adapter_parameters": config["adapter_parameters"]}
+        tune.report({**evaluation["metrics"], **told, "ended": last})
+
     folder = TrialFolder(Path(config["folder"]))
+    if folder.result() is not None:
+        evaluations = [evaluation.model_dump() for evaluation in folder.evaluations()]
+        for evaluation in evaluations:
+            tell(evaluation, last=evaluation is evaluations[-1])
+        return
     broker = ray.get_actor(config["broker"])
     job = job_of(folder)
     ray.get(broker.submit.remote(job))
@@ -43,15 +53,7 @@ def thin_trial(config: dict[str, Any]) -> None:
             ray.get(broker.tell_trouble.remote(str(error)))  # the study ends, and goes on later
             raise
         for evaluation in update.evaluations[told:]:
-            last = update.ended and evaluation is update.evaluations[-1]
-            tune.report(
-                {
-                    **evaluation["metrics"],
-                    "step": evaluation["step"],
-                    "adapter_parameters": config["adapter_parameters"],
-                    "ended": last,
-                }
-            )
+            tell(evaluation, last=update.ended and evaluation is update.evaluations[-1])
         told = len(update.evaluations)
         if update.ended:
             return
