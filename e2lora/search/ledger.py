@@ -128,8 +128,12 @@ class LedgerSearch(OptunaSearch):
         """How many trials have not ended, those never asked for included."""
         if self.is_exhausted:
             return sum(trial.state == TrialState.RUNNING for trial in self._of_study())
-        ended = sum(trial.state.is_finished() for trial in self._of_study())
-        return max(0, self.num_trials - ended)
+        return max(0, self.num_trials - self.num_ended)
+
+    @property
+    def num_ended(self) -> int:
+        """In whatever way."""
+        return sum(trial.state.is_finished() for trial in self._of_study())
 
     @property
     def num_failed(self) -> int:
@@ -178,10 +182,10 @@ class LedgerSearch(OptunaSearch):
         if known := self._unfinished or self._unrecorded:
             frozen = known.pop(0)
             self._ot_trials[trial_id] = optuna.trial.Trial(self._ledger, frozen._trial_id)
-        elif self.num_suggestions == 0 or self._is_over() or self.is_exhausted:
-            return Searcher.FINISHED
-        elif len(self._running) >= self._open_slots():
+        elif len(self._running) >= self._open_slots():  # first: Tune asks many times a second
             return None  # asked again soon: the later, the more the sampler knows
+        elif self.num_to_run == 0 or self._is_over() or self.is_exhausted:
+            return Searcher.FINISHED
         while True:
             try:
                 suggestion = super().suggest(trial_id)

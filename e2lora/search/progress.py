@@ -12,6 +12,7 @@ from e2lora.broker import Running
 from e2lora.pool import Pool
 from e2lora.preflight import Plans
 from e2lora.records import StudyFolder, TrialFolder
+from e2lora.search.ledger import LedgerSearch
 from e2lora.tracking import Tracker
 
 PULSE_SECONDS = 10.0
@@ -21,12 +22,12 @@ class Progress(Callback):
     """Mirrors trials to the tracker as Tune hears of them, and prints how the study goes."""
 
     def __init__(
-        self, folder: StudyFolder, pool: Pool, plans: Plans, tracker: Tracker, num_trials: int
+        self, folder: StudyFolder, pool: Pool, plans: Plans, tracker: Tracker, search: LedgerSearch
     ) -> None:
         self._folder, self._pool, self._plans, self._tracker = folder, pool, plans, tracker
-        self._num_trials = num_trials
+        self._search, self._num_trials = search, search.num_trials
         self._began = time.monotonic()
-        self._ended_before = self._count_ended()
+        self._ended_before = search.num_ended
         self._stop = threading.Event()
         self._pulse = threading.Thread(target=self._beat, daemon=True)
 
@@ -75,7 +76,7 @@ class Progress(Callback):
 
     def pulse(self, running: dict[str, Running]) -> str:
         """One line: ended of all, what runs and how far, minutes gone and to go."""
-        ended = self._count_ended()
+        ended = self._search.num_ended
         parts, underway = [], 0.0
         for key, (step, attempt, measured, doing) in sorted(running.items()):
             if key.startswith("profile"):
@@ -97,9 +98,6 @@ class Progress(Callback):
             eta = _clock(gone / done_here * (self._num_trials - ended - underway))
         what = ", ".join(parts) or "worker groups are starting"
         return f"[{_clock(gone)}] {ended}/{self._num_trials} trials ended; {what}; ETA {eta}"
-
-    def _count_ended(self) -> int:
-        return sum(trial.result_file.exists() for trial in self._folder.trial_folders())
 
 
 def _clock(seconds: float) -> str:
