@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 from ray.tune import Callback
@@ -12,7 +13,6 @@ from e2lora.broker import Running
 from e2lora.pool import Pool
 from e2lora.preflight import Plans
 from e2lora.records import StudyFolder, TrialFolder
-from e2lora.search.ledger import LedgerSearch
 from e2lora.tracking import Tracker
 
 PULSE_SECONDS = 10.0
@@ -22,12 +22,18 @@ class Progress(Callback):
     """Mirrors trials to the tracker as Tune hears of them, and prints how the study goes."""
 
     def __init__(
-        self, folder: StudyFolder, pool: Pool, plans: Plans, tracker: Tracker, search: LedgerSearch
+        self,
+        folder: StudyFolder,
+        pool: Pool,
+        plans: Plans,
+        tracker: Tracker,
+        num_trials: int,
+        num_ended: Callable[[], int],
     ) -> None:
         self._folder, self._pool, self._plans, self._tracker = folder, pool, plans, tracker
-        self._search, self._num_trials = search, search.num_trials
+        self._num_trials, self._num_ended = num_trials, num_ended
         self._began = time.monotonic()
-        self._ended_before = search.num_ended
+        self._ended_before = num_ended()
         self._stop = threading.Event()
         self._pulse = threading.Thread(target=self._beat, daemon=True)
 
@@ -76,7 +82,7 @@ class Progress(Callback):
 
     def pulse(self, running: dict[str, Running]) -> str:
         """One line: ended of all, what runs and how far, minutes gone and to go."""
-        ended = self._search.num_ended
+        ended = self._num_ended()
         parts, underway = [], 0.0
         for key, (step, attempt, measured, doing) in sorted(running.items()):
             if key.startswith("profile"):

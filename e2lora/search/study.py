@@ -209,7 +209,8 @@ class Stage:
         )
         if remaining and not self.options.isolated:
             self.pool.warm(kind, num_groups)
-        with Progress(folder, self.pool, self.plans, self.tracker, search) as progress:
+        total, ended = search.num_trials, lambda: search.num_ended
+        with Progress(folder, self.pool, self.plans, self.tracker, total, ended) as progress:
             self.plans.measure_profiles(given_configurations(study), self.pool)
             _tune(search, folder, progress)
         self.pool.require_healthy()
