@@ -1,7 +1,7 @@
 """What a trial costs the driver, Optuna and MLflow as a study grows to thousands of them.
 
-    python benchmarks/scale.py                      # 2,000 trials, a quarter of an hour
-    python benchmarks/scale.py --trials 400 --sampler tpe
+    python benchmarks/scale.py                      # 2,000 trials, six minutes on two cores
+    python benchmarks/scale.py --trials 400 --sampler tpe --picture curves.png
 
 Search, ledger, Ray Tune, broker, records, MLflow and report are the real ones; in place of training
 stands a known function. The first trials take as long as the processes of the thin trials need to
@@ -37,6 +37,7 @@ def main() -> int:
     parser.add_argument("--sampler", default="random", help="random has no cost of its own")
     parser.add_argument("--at-once", type=int, default=8, help="trials; each has its thin one")
     parser.add_argument("--seconds", type=float, default=1.0, help="that a trial takes")
+    parser.add_argument("--picture", type=Path, help="PNG file of the curves")
     options = parser.parse_args()
     sys.path.insert(0, str(ROOT))
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
@@ -53,6 +54,8 @@ def main() -> int:
         reports = report_seconds(Path(folder), options.trials)
     ray.shutdown()
     print(table(windows, reports))
+    if options.picture:
+        draw(options.picture, windows)
     return 0
 
 
@@ -213,6 +216,25 @@ def table(windows: Sequence[dict[str, float]], reports: Sequence[tuple[int, floa
     told = text_table(header, rows, right=range(len(header)))
     seconds = ", ".join(f"{count:,} trials {value:.1f} s" for count, value in reports)
     return f"ms per trial (suggest and complete hold Optuna's)\n{told}\nreport: {seconds}"
+
+
+def draw(file: Path, windows: Sequence[dict[str, float]]) -> None:
+    """What a trial costs, and the driver's memory, against the number of trials."""
+    from e2lora.figures import COLOURS, make_panels, save_figure
+
+    figure, (cost, memory) = make_panels(2, 5.2, 3.2)
+    ended = [window["ended"] for window in windows]
+    parts = {"suggest": "suggestion", "MLflow": "MLflow", "Optuna": "Optuna", "complete": "result"}
+    for (part, name), colour in zip(parts.items(), COLOURS, strict=False):
+        cost.plot(ended, [window[part] for window in windows], "o-", color=colour, label=name)
+    cost.set_ylabel("ms per trial")
+    cost.legend(frameon=False)
+    memory.plot(ended, [window["MiB"] for window in windows], "o-", color=COLOURS[0])
+    memory.set_ylabel("memory of the driver, MiB")
+    for axes in (cost, memory):
+        axes.set_xlabel("trials of the study")
+        axes.set_ylim(bottom=0)
+    save_figure(figure, file)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ A study on three nodes is submitted as a user submits it. At a moment in the lif
 would bring back is brought back, and the command is given again until it ends well. Then the study
 must be that of an undisturbed run, and nothing may be left on the cluster.
 
-`E2LORA_CHAOS_TABLE=FILE` keeps the table that is printed at the end.
+`E2LORA_CHAOS_TABLE=FILE` keeps the table that is printed at the end, case by case.
 """
 
 from __future__ import annotations
@@ -164,11 +164,12 @@ def told() -> Iterator[list[list[str]]]:
     """Rows of the table of what was killed when, and what happened."""
     rows: list[list[str]] = []
     yield rows
+    print(f"\n{table_of(rows)}", file=sys.__stdout__, flush=True)
+
+
+def table_of(rows: list[list[str]]) -> str:
     header = ["killed", "at", "submitted", "attempts", "seconds", "outcome"]
-    table = text_table(header, rows, right=[2, 3, 4])
-    print(f"\n{table}", file=sys.__stdout__, flush=True)
-    if file := os.environ.get("E2LORA_CHAOS_TABLE"):
-        Path(file).write_text(f"{table}\n")
+    return text_table(header, rows, right=[2, 3, 4])
 
 
 @pytest.fixture
@@ -241,5 +242,7 @@ def test_study_goes_on_after(
         row[5] = "same numbers"
     finally:
         row[4] = f"{time.monotonic() - began:.0f}"
+        if file := os.environ.get("E2LORA_CHAOS_TABLE"):  # now: the suite itself may be cut off
+            Path(file).write_text(f"{table_of(told)}\n")
         scene.close()
         shutil.rmtree(scene.job, ignore_errors=True)

@@ -49,6 +49,7 @@ SYSTEMS = {
 }
 LEARNING_RATE = SYSTEMS["LoRA"].training.learning_rate
 STAGES, ACCUMULATIONS, WORLDS = (0, 1, 2, 3), (1, 4), (1, 2)
+ALONE_OR_TWO = (1, pytest.param(2, marks=pytest.mark.slow))
 
 
 class Cell(NamedTuple):
@@ -286,7 +287,7 @@ def require_all_as_plain(
         require_as_plain(place, plain[cell.system], f"{cell} on {world}")
 
 
-@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("world", ALONE_OR_TWO)
 def test_stopped_and_resumed_training_equals_a_plain_loop(
     folder: Path, plain: dict[str, Trained], world: int
 ) -> None:
