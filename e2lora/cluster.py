@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -75,12 +77,19 @@ class Wanted:
 
     As placement groups that wait: those an autoscaler sees whoever started it, and they end with
     their driver. (Ray has one standing request per cluster beside them, which Ray Train's own
-    coordinator writes anew all the time.) Without an autoscaler they wait for nothing; one that
-    finds room is given back at once, since the group that it stands for can be started.
+    coordinator writes anew all the time.) Without an autoscaler they wait for nothing.
+
+    One that finds room is given back at once, and for a while nothing is wanted: either the group
+    that it stands for can be started, or the room is for a group that is coming up and has not
+    taken it yet, which this must not do over and over in its place.
+
+    Args:
+        quiet_seconds: that while.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, quiet_seconds: float = 30.0) -> None:
         self._waiting: list[tuple[GroupSpec, Any]] = []
+        self._quiet_seconds, self._quiet_until = quiet_seconds, -math.inf
 
     def update(self, lacking: Mapping[GroupSpec, int]) -> None:
         """From now on these are wanted, so many groups of each kind."""
@@ -90,9 +99,13 @@ class Wanted:
             remove_placement_group,
         )
 
-        missing, kept = Counter(lacking), []
+        placed = [g for _, g in self._waiting if placement_group_table(g)["state"] == "CREATED"]
+        if placed:
+            self._quiet_until = time.monotonic() + self._quiet_seconds
+        missing = Counter(lacking if time.monotonic() >= self._quiet_until else {})
+        kept = []
         for spec, waiting in self._waiting:
-            if missing[spec] > 0 and placement_group_table(waiting)["state"] != "CREATED":
+            if missing[spec] > 0:
                 missing[spec] -= 1
                 kept.append((spec, waiting))
             else:

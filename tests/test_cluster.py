@@ -54,15 +54,24 @@ def test_what_is_wanted_waits_as_placement_groups_and_is_taken_back() -> None:
     assert states() == []
 
 
-def test_what_is_wanted_gives_room_back_that_it_finds() -> None:
+def test_what_is_wanted_gives_room_back_that_it_finds_and_leaves_it_to_others() -> None:
+    """Room that the arithmetic says isn't there: a group that is coming up has not taken it yet."""
     one = GroupSpec.of(small_trial().training)
-    wanted = checks.Wanted()
-    wanted.update({one: 1})
-    (waiting,) = (group for _, group in wanted._waiting)
-    assert waiting.wait(30)
-    wanted.update({one: 1})
-    assert all(group.id != waiting.id for _, group in wanted._waiting)
+    wanted = checks.Wanted(quiet_seconds=5)
+    wanted.update({one: 4})  # all CPUs of the cluster
+    assert all(group.wait(30) for _, group in wanted._waiting)
+    coming = ray.util.placement_group([{"CPU": 1}] * 4)
+    assert not coming.wait(1), "it has to wait for them"
+    until = time.monotonic() + 4
+    while time.monotonic() < until:
+        wanted.update({one: 4})
+        time.sleep(0.05)
+    assert coming.wait(10)
+    time.sleep(1.5)
+    wanted.update({one: 4})
+    assert len(wanted._waiting) == 4, "after a while it is said again"
     wanted.update({})
+    ray.util.remove_placement_group(coming)
 
 
 def test_every_node_is_asked_and_has_a_name_of_its_own() -> None:
