@@ -14,7 +14,14 @@ from typing import Any
 from e2lora.adapters import FAMILIES, count_adapter_parameters, require_possible_trial
 from e2lora.broker import Job, affinity_of
 from e2lora.cluster import require_fits
-from e2lora.config import AdapterConfig, GroupSpec, TaskConfig, TrialConfig, fingerprint_of
+from e2lora.config import (
+    AdapterConfig,
+    GroupSpec,
+    TaskConfig,
+    TrainConfig,
+    TrialConfig,
+    fingerprint_of,
+)
 from e2lora.data import calibration_rows
 from e2lora.models import load_structure
 from e2lora.moments import GradientProfile, Target
@@ -107,7 +114,7 @@ class Plans:
         require_possible(targets, config.plan)
         if not config.plan.needs_profile:
             config = self._at_target(config, None)
-            _require_fits(build_plan(targets, config.plan), config)
+            _require_fits(build_plan(targets, config.plan), config, known)
 
     def measure_profiles(self, configs: Iterable[TrialConfig], pool: Pool) -> None:
         """Measure, on the pool, what profiles these configurations need and the folder lacks."""
@@ -134,7 +141,8 @@ class Plans:
         profile = self._profile(config, pool) if config.plan.needs_profile else None
         config = self._at_target(config, profile)
         plan = build_plan(self.targets(config), config.plan, profile)
-        _require_fits(plan, config)
+        known = config.training.for_rows(self.task(config).num_rows("train"))
+        _require_fits(plan, config, known)
         return config, plan
 
     def _at_target(self, config: TrialConfig, profile: GradientProfile | None) -> TrialConfig:
@@ -206,8 +214,14 @@ def _splits_of(task: Task) -> SplitsRecord:
     )
 
 
-def _require_fits(plan: SharingPlan, config: TrialConfig) -> None:
-    FAMILIES[config.adapter.family].require_fits(plan, config.adapter)
+def _require_fits(plan: SharingPlan, config: TrialConfig, known: TrainConfig) -> None:
+    """
+    Args:
+        known: its training, as long as it is on its rows.
+    """
+    family = FAMILIES[config.adapter.family]
+    family.require_fits(plan, config.adapter)
+    family.require_reaches(plan, config.model_copy(update={"training": known}))
     require_checkpointable(plan, config.adapter, config.training)
 
 

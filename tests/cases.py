@@ -7,6 +7,7 @@ a family that is registered and has no line in them fails.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from e2lora.adapters import FAMILIES, is_head, trainable_parameters
 from e2lora.adapters.tensors import Sliced
 from e2lora.config import AdapterConfig
+from e2lora.moments import Target
 from e2lora.plan import SharingPlan
 from tests.kinds import KINDS, SHARINGS, Adapted, fill, loss_of, make_base, output_of
 
@@ -34,6 +36,8 @@ class Type(NamedTuple):
     "the ranks of all A of this type, summed"
     b: int
     "likewise of B"
+    seen: int
+    "the rank that each layer sees, summed"
 
 
 def _randlora(t: Type) -> int:
@@ -47,6 +51,23 @@ def _adalora(t: Type) -> int:
     return sum(3 * r // 2 * (t.in_features + t.out_features + 1) for r in t.groups)
 
 
+def _increlora(t: Type) -> int:
+    """As AdaLoRA, with room for twice the rank."""
+    return sum(2 * r * (t.in_features + t.out_features + 1) for r in t.groups)
+
+
+def _rasa(t: Type) -> int:
+    """Private parts and one pool of k = 1 for each layer; and D, whose size is a layer's rank."""
+    private, pool = sum(t.groups) - len(t.groups), t.layers
+    return (private + pool) * (t.in_features + t.out_features) + t.seen - pool + t.layers * pool
+
+
+def _hydralora(t: Type) -> int:
+    """A and three heads per group, and a router of three rows per layer."""
+    pair = t.in_features + 3 * t.out_features
+    return sum(t.groups) * pair + 3 * t.layers * t.in_features
+
+
 # family → trainable parameters of one module type, by method §4
 FORMULAS: dict[str, Callable[[Type], int]] = {
     "lora": lambda t: t.a * t.in_features + t.b * t.out_features,
@@ -58,10 +79,17 @@ FORMULAS: dict[str, Callable[[Type], int]] = {
     "vera": lambda t: sum(r + t.out_features for r in t.groups),
     "randlora": _randlora,
     "adalora": _adalora,
+    "rasa": _rasa,
+    "hydralora": _hydralora,
+    "gora": lambda t: t.a * t.in_features + t.b * t.out_features,  # what it never exceeds
+    "increlora": _increlora,
+    "bslora": lambda t: t.a * t.in_features + t.b * t.out_features,  # its local part
+    "ralora": lambda t: t.a * t.in_features + t.b * t.out_features,  # however many blocks
     "full": lambda t: 0,  # it has no targets: all weights of the model are counted
 }
 
-# family → its trained tensors, by their names in PEFT's layers, and the scope of each
+# family → its trained tensors, by their names in PEFT's layers, and the scope of each; what isn't
+# called `weight` there with its own name behind
 TENSORS: dict[str, dict[str, str]] = {
     "lora": {"lora_A": "a", "lora_B": "b"},
     "lora_plus": {"lora_A": "a", "lora_B": "b"},
@@ -72,6 +100,25 @@ TENSORS: dict[str, dict[str, str]] = {
     "vera": {"vera_lambda_b": "interval", "vera_lambda_d": "interval"},
     "randlora": {"randlora_gamma": "interval", "randlora_lambda": "interval"},
     "adalora": {"lora_A": "interval", "lora_B": "interval", "lora_E": "interval"},
+    "rasa": {
+        "lora_A.private_weight": "interval",
+        "lora_A.pool_weight": "type",
+        "lora_B.private_weight": "interval",
+        "lora_B.pool_weight": "type",
+        "lora_B.diagonal": "layer",
+    },
+    "hydralora": {"lora_A": "interval", "lora_B": "interval", "lora_router": "layer"},
+    "gora": {"lora_A": "interval", "lora_B": "interval"},
+    "increlora": {"lora_A": "interval", "lora_B": "interval", "lora_E": "interval"},
+    "bslora": {
+        "lora_A.local_weight": "interval",
+        "lora_A.intra_weight": "depth",
+        "lora_A.inter_weight": "model",
+        "lora_B.local_weight": "interval",
+        "lora_B.intra_weight": "depth",
+        "lora_B.inter_weight": "model",
+    },
+    "ralora": {"lora_A.blocks": "interval", "lora_B.blocks": "interval"},
     "full": {},
 }
 
@@ -176,7 +223,30 @@ def types_of(adapted: Adapted) -> Iterator[Type]:
         }
         assert len(ranks["layer"]) == layers
         a, b = sum(ranks[config.a_scope]), sum(ranks[config.b_scope])
-        yield Type(*sizes, layers, ranks["interval"], a, b)
+        yield Type(*sizes, layers, ranks["interval"], a, b, sum(ranks["layer"]))
+
+
+def depths_of(plan: SharingPlan) -> list[list[Target]]:
+    """The targets of each layer of each stack: of what is called alike up to the layer's number."""
+    found: dict[str, list[Target]] = {}
+    for target in plan.targets:
+        before, number, _ = re.split(r"\.(\d+)\.", target.path, maxsplit=1)
+        assert int(number) == target.layer
+        found.setdefault(f"{before}.{number}", []).append(target)
+    return list(found.values())
+
+
+def beside_types(adapted: Adapted) -> int:
+    """Trainable parameters that belong to no module type: of BSLoRA, 4 ranks of a layer's largest
+    sizes and 16 of the model's.
+    """
+    if adapted.config.family != "bslora":
+        return 0
+    held = [*((4, targets) for targets in depths_of(adapted.plan)), (16, adapted.plan.targets)]
+    return sum(
+        r * (max(t.in_features for t in targets) + max(t.out_features for t in targets))
+        for r, targets in held
+    )
 
 
 def expected_sharers(adapted: Adapted) -> set[tuple[str, frozenset[str]]]:
@@ -189,6 +259,8 @@ def expected_sharers(adapted: Adapted) -> set[tuple[str, frozenset[str]]]:
         "layer": [[path] for path in paths.values()],
         "interval": groups,
         "type": [[p for (t, _), p in paths.items() if t == name] for name in plan.module_types],
+        "depth": [[t.path for t in targets] for targets in depths_of(plan)],
+        "model": [list(paths.values())] if paths else [],
     }
     return {
         (tensor, frozenset(owners))
@@ -215,7 +287,8 @@ def sharers(adapted: Any, plan: SharingPlan) -> set[tuple[str, frozenset[str]]]:
     for name, parameter in aliases(adapted).items():
         path = next((t.path for t in plan.targets if f".{t.path}." in name), None)
         if path is not None:
-            attribute = name.partition(f"{path}.")[2].split(".")[0]
+            slot, _, *own = name.partition(f"{path}.")[2].removesuffix(".weight").split(".")
+            attribute = ".".join([slot, *own])
             assert found.setdefault(id(parameter), (attribute, set()))[0] == attribute
             found[id(parameter)][1].add(path)
     return {(attribute, frozenset(paths)) for attribute, paths in found.values()}
@@ -235,8 +308,8 @@ def require_tied(model: Any, adapted: Adapted) -> None:
 
 
 def steps(adapted: Adapted, model: Any, count: int, rate: float = 1e-2) -> list[float]:
-    """A plain loop of AdamW, with LoRA+'s rate of B; returns the loss before each step."""
-    faster = "lora_B" if adapted.config.family == "lora_plus" else "none"
+    """A plain loop of AdamW, B at the rate of LoRA+ and GoRA; returns the loss before each step."""
+    faster = "lora_B" if adapted.config.family in ("lora_plus", "gora") else "none"
     groups = [
         {"params": [parameter], "lr": rate * (16.0 if faster in name else 1.0)}
         for name, parameter in trainable_parameters(model).items()

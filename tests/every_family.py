@@ -20,7 +20,9 @@ def space(trial: Any) -> TrialConfig:
         adapter["target_modules"] = ()
     elif shared:
         plan["topology"] = "e2"
-        plan["allocation"] = "uniform" if FAMILIES[family].no_allocation else None
+        needs_rank = family == "rasa"  # of its own in every group, beside the pooled one
+        uniform = FAMILIES[family].no_allocation or needs_rank
+        plan["allocation"] = "uniform" if uniform else None
     return TrialConfig(
         **{**dict(base), "adapter": AdapterConfig(**adapter), "plan": PlanConfig(**plan)}
     )

@@ -11,10 +11,14 @@ from e2lora.config import (
     FAMILY_NAMES,
     PRESETS,
     AdapterConfig,
+    BsLoraOptions,
+    GoraOptions,
+    IncreLoraOptions,
     LoraGaOptions,
     LoraPlusOptions,
     LoriOptions,
     PlanConfig,
+    RaLoraOptions,
     TrialConfig,
     system_name,
 )
@@ -78,6 +82,12 @@ NAMES = {
     "LSS only": (PRESETS["lss_only"], adapter()),
     "LSS only + shared A": (PRESETS["lss_only"], adapter(a_scope="type")),
     "LSS only AdaLoRA": (PRESETS["lss_only"], adapter("adalora")),
+    "GoRA": ({}, adapter("gora")),
+    "LSS only GoRA (gamma 0.1)": (
+        PRESETS["lss_only"],
+        adapter("gora", gora=GoraOptions(gamma=0.1)),
+    ),
+    "IncreLoRA": ({}, adapter("increlora", increlora=IncreLoraOptions(tinit=3, delta_t=2))),
     "HRA only": (PRESETS["hra_only"], adapter()),
     "HRA only DoRA": (PRESETS["hra_only"], adapter("dora")),
     "DoRA": ({}, adapter("dora")),
@@ -94,6 +104,13 @@ NAMES = {
         {"topology": "e2"},
         adapter("lori", lori=LoriOptions(mask_after=9, keep=0.2)),
     ),
+    "BSLoRA": ({}, adapter("bslora")),
+    "E²BSLoRA (inter_r 8, shapes gate)": (
+        {"topology": "e2"},
+        adapter("bslora", bslora=BsLoraOptions(inter_r=8, shapes="gate")),
+    ),
+    "LSS only RaLoRA": (PRESETS["lss_only"], adapter("ralora")),
+    "RaLoRA (max_blocks 4)": ({}, adapter("ralora", ralora=RaLoraOptions(max_blocks=4))),
     "FFT": ({}, adapter("full")),
 }
 

@@ -47,6 +47,7 @@ from tests.cases import (
     adapted_as,
     aliases,
     base_output,
+    beside_types,
     expected_sharers,
     leaves_the_base,
     made,
@@ -86,21 +87,27 @@ def test_count_is_that_of_the_formula(case: Case) -> None:
         for name in adapted.base.head
         for parameter in make_base(case.kind).model.get_submodule(name).parameters()
     )
-    expected = sum(map(FORMULAS[case.family], types_of(adapted)))
+    expected = sum(map(FORMULAS[case.family], types_of(adapted))) + beside_types(adapted)
     if case.family == "full":
         expected = make_base(case.kind).model.num_parameters() - head
     else:
         assert count_adapter_parameters(adapted.plan, adapted.config) == expected
+    if FAMILIES[case.family].count_is_limit:
+        limit, expected = expected, count_parameters(adapted.model)[0]
+        assert 0.9 * limit < expected <= limit
     assert count_parameters(adapted.model) == (expected, head)
     optimised = {id(p): p.numel() for p in adapted.model.parameters() if p.requires_grad}
     assert sum(optimised.values()) == expected + head
 
 
 @over(CASES)
-def test_untrained_adapter_changes_no_output(case: Case) -> None:
+def test_untrained_adapter_changes_no_output_unless_it_is_meant_to(case: Case) -> None:
     adapted, untrained = made(case)
     expected = base_output(case.kind)
-    require_near(untrained, expected, FAMILIES[case.family].drift)
+    if FAMILIES[case.family].starts_moved:
+        assert (untrained - expected).norm() > 1e-3 * expected.norm()
+    else:
+        require_near(untrained, expected, FAMILIES[case.family].drift)
     assert not torch.allclose(adapted.output(), expected, rtol=1e-2)
 
 
@@ -154,7 +161,12 @@ def test_gradient_of_a_shared_tensor_is_the_sum_over_untied_copies(
     of_tensor: dict[nn.Parameter, list[Tensor]] = {}
     for name, tensor in aliases(adapted.model).items():
         if not is_head(name):
-            gradient = separate[name].grad
+            if case.family == "rasa":
+                gradient = _through_product(adapted.model, plain, name)
+            elif case.family in ("bslora", "ralora"):
+                gradient = _through_weight(adapted.model, plain, name)
+            else:
+                gradient = separate[name].grad
             if case.family == "lora_fa":
                 gradient = _preconditioned(gradient, plain, name)
             of_tensor.setdefault(tensor, []).append(gradient)
@@ -177,6 +189,31 @@ def _preconditioned(gradient: Tensor, plain: Any, name_of_b: str) -> Tensor:
     """LoRA-FA's step of B: the gradient times (A Aᵀ)⁻¹ / s²."""
     a = plain.get_parameter(name_of_b.replace("lora_B", "lora_A"))
     return gradient @ torch.linalg.inv(a @ a.T) / (ALPHA / R) ** 2
+
+
+def _through_product(model: Any, plain: Any, name: str) -> Tensor:
+    """RaSA's, of the gradient of A = [A_l; A_S] or of B = [B_l, B_S] diag(D)."""
+    path, _, part = name.rpartition(".")
+    module, gradient = model.get_submodule(path), plain.get_parameter(f"{path}.weight").grad
+    whole = torch.cat([module.private_weight, module.pool_weight], module.dim).detach()
+    if part == "diagonal":
+        return (gradient * whole).sum(0, keepdim=True)
+    if module.dim == 1:
+        gradient = gradient * module.diagonal.detach()
+    private = module.private_weight.shape[module.dim]
+    rank = gradient.shape[module.dim]
+    return gradient.split([private, rank - private], module.dim)[part == "pool_weight"]
+
+
+def _through_weight(model: Any, plain: Any, name: str) -> Tensor:
+    """Of the gradient of A or B, by what a module makes of its parameters for PEFT.
+
+    That this is as it should be has tests of its own, in those of the family.
+    """
+    path = name.rpartition(".")[0]
+    weight = model.get_submodule(path).weight
+    of_weight = plain.get_parameter(f"{path}.weight").grad
+    return torch.autograd.grad(weight, model.get_parameter(name), of_weight)[0]
 
 
 @over(SOME)
@@ -268,6 +305,8 @@ def test_save_pretrained_gives_a_plain_peft_adapter_with_equal_outputs(
     base = make_base(case.kind, head_seed=5)
     plain = PeftModel.from_pretrained(base.model, adapted.save_plain(tmp_path)).eval()
     is_sliced = case.sharing in ("E²ShareLoRA", "E² + shared AB") or case.family == "vera"
+    is_sliced |= case.family == "rasa"  # D is in PEFT's B, and multiplies A x here
+    is_sliced |= case.family == "ralora"  # there are zeros around its blocks in PEFT's A and B
     relative = max(SLICING * is_sliced, FAMILIES[case.family].drift)
     require_near(output_of(plain, case.kind), adapted.output(), relative)
 
@@ -422,7 +461,8 @@ def test_losses_at_stage_3_are_those_of_a_plain_loop_where_it_is_declared(case: 
             engine.micro_step(step)
     finally:
         engine.close()
-    assert losses == pytest.approx(expected, rel=1e-5)
+    # BSLoRA has 24 ranks at a scale of 3 here: float32 gradients are 4e-5 from those in float64
+    assert losses == pytest.approx(expected, rel=1e-4 if case.family == "bslora" else 1e-5)
 
 
 # ---- refusals ---------------------------------------------------------------------------------
@@ -495,6 +535,10 @@ def test_stage_that_a_family_does_not_declare_is_refused_with_the_reason(
         ("lori", 8 * 32 * 10_240),
         ("vera", 32 * (10_240 + 4 * 8)),
         ("adalora", 12 * 32 * (26_624 + 4)),
+        ("increlora", 16 * 32 * (26_624 + 4)),
+        ("rasa", 6_820_736),  # LoRA's 6,815,744, and 4 · 32 times D of 7 + 32 numbers
+        ("hydralora", 13_631_488),
+        ("bslora", 6_815_744 + (32 * 4 + 16) * 8192),
     ],
 )
 def test_count_on_llama_8b_is_met_by_formula_and_by_adapted_model(
@@ -519,7 +563,15 @@ def test_count_on_llama_8b_is_met_by_formula_and_by_adapted_model(
     assert count_parameters(adapt(model, plan, adapter)) == (expected, 0)
 
 
-@over([case for case in CASES if case.kind == "llama" and leaves_the_base(case)])
+@over(
+    [
+        case
+        for case in CASES
+        if case.kind == "llama"
+        and leaves_the_base(case)
+        and not FAMILIES[case.family].needs_gradients
+    ]
+)
 def test_model_without_weights_is_adapted_like_one_with_weights(case: Case) -> None:
     real = made(case).adapted
     with torch.device("meta"):

@@ -93,6 +93,7 @@ ROOMS = (
     "adapters.tensors",
     "adapters.starting",
     "adapters.lora",
+    "adapters.adalora",
     "adapters.*",
     "adapters",
     "adapters.record",

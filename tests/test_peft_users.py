@@ -197,7 +197,9 @@ def test_fingerprint_is_of_the_weights_below_the_layers_of_peft() -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "bert"])
-@pytest.mark.parametrize("families", [("lora", "lora"), ("lora_fa", "lora"), ("dora", "lori")])
+@pytest.mark.parametrize(
+    "families", [("lora", "lora"), ("lora_fa", "lora"), ("dora", "lori"), ("bslora", "bslora")]
+)
 def test_each_of_two_adapters_is_what_it_is_alone(kind: str, families: tuple[str, str]) -> None:
     first, second = families
     adapted = trained(kind, "E²ShareLoRA" if first == "lora" else "E²", first)

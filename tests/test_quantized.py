@@ -200,6 +200,8 @@ def test_fingerprint_shows_scales_too(tmp_path: Path) -> None:
         ("lori", "E²"),
         ("vera", "E²"),
         ("randlora", "own"),
+        ("rasa", "E²"),
+        ("hydralora", "E²"),
         ("adalora", "LSS only"),
     ],
 )

@@ -158,6 +158,9 @@ def test_card_of_a_trial_tells_what_was_trained_and_how_it_went(tmp_path: Path) 
         ("lora_ga", {}),
         ("lori", {"lori": {"mask_after": 3, "keep": 0.2}}),
         ("adalora", {}),
+        ("gora", {}),
+        ("bslora", {}),
+        ("ralora", {}),
     ],
 )
 def test_card_counts_what_was_trained_whatever_is_stored(

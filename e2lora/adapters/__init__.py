@@ -10,12 +10,18 @@ from typing import Any
 from torch import Tensor
 
 from e2lora.adapters.adalora import AdaLora
+from e2lora.adapters.bslora import BsLora
 from e2lora.adapters.family import DEFAULT_NAME, Family, Request, put_back
 from e2lora.adapters.full import Full, FullyTrained
+from e2lora.adapters.gora import Gora
+from e2lora.adapters.hydralora import HydraLora
+from e2lora.adapters.increlora import IncreLora
 from e2lora.adapters.lora import Dora, Lora, LoraFa, LoraPlus
 from e2lora.adapters.lora_ga import LoraGa
 from e2lora.adapters.lori import Lori
+from e2lora.adapters.ralora import RaLora
 from e2lora.adapters.randlora import RandLora
+from e2lora.adapters.rasa import Rasa
 from e2lora.adapters.vera import Vera
 from e2lora.config import AdapterConfig, PlanConfig, TrialConfig, system_name
 from e2lora.partitioned import known_to_peft, numel_of
@@ -36,6 +42,12 @@ FAMILIES: dict[str, Family] = {
         Vera(),
         RandLora(),
         AdaLora(),
+        Rasa(),
+        HydraLora(),
+        Gora(),
+        IncreLora(),
+        BsLora(),
+        RaLora(),
         Full(),
     )
 }
@@ -103,7 +115,8 @@ def adapt(
         raise
     counted = count_parameters(adapted)[0]
     expected = count_adapter_parameters(plan, config)
-    assert expected in (None, counted), f"adapter has {counted} parameters, its plan {expected}"
+    fits = expected in (None, counted) or (family.count_is_limit and counted < (expected or 0))
+    assert fits, f"adapter has {counted} parameters, its plan {expected}"
     _keeper(adapted, adapter_name).e2lora = Origin(plan, config, tuple(head), touched)
     return adapted
 

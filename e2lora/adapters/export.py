@@ -106,7 +106,9 @@ def export_adapter(
             config = adapted.peft_config[DEFAULT_NAME]
             config.base_model_name_or_path = base.model.name
             config.revision = base.model.revision
-            adapted.save_pretrained(place, save_embedding_layers=False)
+            state = adapted.state_dict()
+            read = {k: t for k, t in state.items() if not k.endswith(family.unread_by_peft)}
+            adapted.save_pretrained(place, save_embedding_layers=False, state_dict=read)
         elif form == "portable":
             dtypes = {tensor.dtype for tensor in stored.values() if tensor.is_floating_point()}
             narrowest = min(dtypes, key=lambda dtype: dtype.itemsize)
@@ -123,7 +125,9 @@ def export_adapter(
             comparison = Comparison(
                 Change.between(expected, untouched), Change.between(output, expected)
             )
-            is_started = any(name.startswith(INITIAL) for name in stored)
+            is_started = family.touches_base(record.adapter) and any(
+                name.startswith(INITIAL) for name in stored
+            )
             started = base.dtype if is_started else "float32"
             rounded = written if form == "merged" else started
             warnings += judge(comparison, float(expected.abs().max()), rounded, started)

@@ -113,10 +113,18 @@ class Family:
     "why ranks can't be allocated by gradients, where they can't"
     lacks: ClassVar[Mapping[Ability, str]] = {}
     "why not, of what can't be made of it"
+    unread_by_peft: ClassVar[tuple[str, ...]] = ()
+    "ends of names in a state dict that PEFT alone has no use for"
+    shared_anyway: ClassVar[str] = ""
+    "who share tensors of it under every plan, in words"
     zero_stages: ClassVar[Sequence[int]] = (0, 1, 2, 3)
     why_not_other_stages: ClassVar[str] = ""
     needs_gradients: ClassVar[bool] = False
     "starts from the gradients of its targets' weights"
+    count_is_limit: ClassVar[bool] = False
+    "ranks follow from the gradients it starts from; :meth:`count` is what they never exceed"
+    starts_moved: ClassVar[bool] = False
+    "a fresh adapter changes the base's outputs by design"
     drift: ClassVar[float] = 0.0
     "largest relative change of a fresh adapter to the base's outputs, from rounding"
 
@@ -137,7 +145,7 @@ class Family:
         return {}
 
     def initial(self, adapted: Any, name: str) -> dict[str, Tensor]:
-        """What a family that touches the base took from it, to take the same again."""
+        """What a family took from the base or chose by gradients, to start there again."""
         return {}
 
     def require_suits(self, plan: PlanConfig, config: AdapterConfig) -> None:
@@ -185,6 +193,13 @@ class Family:
                 f"{self.name} can't be trained at ZeRO stage {stage}: {self.why_not_other_stages}. "
                 f"Use zero_stage in {list(self.zero_stages)}."
             )
+
+    def require_reaches(self, plan: SharingPlan, config: TrialConfig) -> None:
+        """Refuse a training too short for what only the plan shows.
+
+        Raises:
+            ValueError: with the reason.
+        """
 
     def count(self, plan: SharingPlan, config: AdapterConfig) -> int | None:
         """Trainable parameters, each shared tensor once; a head is not counted.
@@ -265,6 +280,26 @@ def common_options(model: Any, request: Request) -> dict[str, Any]:
         "modules_to_save": list(request.head) or None,
         "fan_in_fan_out": any(is_transposed(base_layer(inner, path)) for path in paths),
     }
+
+
+def require_gradients(family: str, request: Request) -> None:
+    """A gradient of every target, for a family that starts from them.
+
+    Raises:
+        ValueError: with what lacks.
+    """
+    if request.gradients is None:
+        raise ValueError(
+            f"{family} starts from gradients, and none were given. Pass `gradients`, as "
+            "`e2lora.profile.measure_group_gradients` gives them, or load a saved adapter."
+        )
+    paths = [target.path for target in request.plan.targets]
+    lacking = [path for path in paths if path not in request.gradients]
+    if lacking:
+        raise ValueError(
+            f"{family} starts from a gradient of every target of its plan; `gradients` lack "
+            f"{len(lacking)} of {len(paths)}, such as {lacking[:3]}. Measure them by the same plan."
+        )
 
 
 def put_back(model: Any) -> None:

@@ -10,12 +10,9 @@ gradient of the mean loss is, except with scale ``weight_svd``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from torch import Tensor
-
-from e2lora.adapters.family import Request
+from e2lora.adapters.family import Request, require_gradients
 from e2lora.adapters.lora import Lora, shapes_and_groups
 from e2lora.config import AdapterConfig
 from e2lora.plan import SharingPlan
@@ -45,13 +42,8 @@ class LoraGa(Lora):
                     )
 
     def build(self, model: Any, request: Request) -> Any:
-        if request.gradients is None and request.initial is None:
-            raise ValueError(
-                "LoRA-GA starts from gradients, and none were given. Pass `gradients`, as "
-                "`e2lora.profile.measure_group_gradients` gives them, or load a saved adapter."
-            )
         if request.initial is None:
-            _require_all(request.gradients or {}, request.plan)
+            require_gradients(self.name, request)
         return super().build(model, request)
 
     def choose(self, request: Request, layer: Any, path: str) -> None:
@@ -62,13 +54,3 @@ class LoraGa(Lora):
         gradient = request.gradients[path].to(base.weight.device)
         base._peft_loraga_grad = gradient  # where PEFT looks for it, and takes it away
         layer.lora_ga_init(request.name, LoraGAConfig(**request.config.lora_ga.model_dump()))
-
-
-def _require_all(gradients: Mapping[str, Tensor], plan: SharingPlan) -> None:
-    lacking = [target.path for target in plan.targets if target.path not in gradients]
-    if lacking:
-        raise ValueError(
-            "LoRA-GA starts from a gradient of every target of its plan; `gradients` lack "
-            f"{len(lacking)} of {len(plan.targets)}, such as {lacking[:3]}. Measure them by the "
-            "same plan."
-        )

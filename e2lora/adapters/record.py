@@ -42,7 +42,7 @@ class Count:
     """Parameters of an adapter, each shared tensor once.
 
     ``adapter``, ``head``: trained; ``kept``: those of the adapter that weren't masked or pruned on
-    the way; ``ranks``: kept and of the start, over all groups, where a family prunes ranks.
+    the way, or grew; ``ranks``: kept and held, over all groups, where a family prunes or grows.
     """
 
     adapter: int

@@ -1,7 +1,7 @@
 """An adapter on disk in its compact form: each trained tensor once, the plan beside it.
 
     adapter/
-      adapter.safetensors   trained tensors, shared ones once; and what a family took from the base
+      adapter.safetensors   trained tensors, shared ones once; and what a family started from
       plan.json             who shares, at what rank
       e2lora.json           the base model, the adapter's configuration, the head
       README.md             the same for people, with the lines that load it
@@ -124,7 +124,7 @@ def _count(trained: Mapping[str, Tensor], packed: Mapping[str, Tensor], adapted:
     }
     adapter, kept = (sum(sizes.values()) for sizes in entries.values())
     head = sum(tensor.numel() for tensor in trained.values()) - adapter
-    singular = {  # of AdaLoRA: one value for each rank
+    singular = {  # of AdaLoRA and IncreLoRA: one value for each rank
         stage: sum(size for name, size in sizes.items() if name.endswith(".lora_E"))
         for stage, sizes in entries.items()
     }

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from e2lora.partitioned import shape_of
 from e2lora.patience import patiently
 
 
@@ -100,6 +101,53 @@ class Sliced(nn.Module):
         else:
             with torch.no_grad():
                 self.weight.copy_(given)
+
+
+class Composed(nn.Module):
+    """A or B that follows from parameters of this module, which may stand in others, too.
+
+    A state dict holds the parameters, from which it is loaded, and ``weight``, from which PEFT
+    alone computes the same.
+    """
+
+    bias = None
+
+    def whole(self) -> Tensor:
+        """A (r × in) or B (out × r), from the parameters."""
+        raise NotImplementedError
+
+    @property
+    def weight(self) -> Tensor:
+        """The whole; an empty tensor while its parts lie with all workers (ZeRO-3), where PEFT's
+        layer asks for its type before it calls this module, which gathers them.
+        """
+        parameters = list(self.parameters(recurse=False))
+        if any(shape_of(parameter) != tuple(parameter.shape) for parameter in parameters):
+            return parameters[0]
+        return self.whole()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.whole())
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight"] = self.weight if keep_vars else self.weight.detach()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        metadata: Any,
+        strict: bool,
+        missing: list[str],
+        unexpected: list[str],
+        errors: list[str],
+    ) -> None:
+        super()._load_from_state_dict(
+            state_dict, prefix, metadata, strict, missing, unexpected, errors
+        )
+        if f"{prefix}weight" in unexpected:  # it follows from the parameters
+            unexpected.remove(f"{prefix}weight")
 
 
 class FrozenLinear(nn.Module):

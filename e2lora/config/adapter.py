@@ -21,6 +21,12 @@ FAMILY_NAMES: dict[str, str] = {
     "randlora": "RandLoRA",
     "adalora": "AdaLoRA",
     "lora_ga": "LoRA-GA",
+    "rasa": "RaSA",
+    "hydralora": "HydraLoRA",
+    "gora": "GoRA",
+    "increlora": "IncreLoRA",
+    "bslora": "BSLoRA",
+    "ralora": "RaLoRA",
     "full": "FFT",
 }
 """Kinds of adapters: the word in a configuration → the name in the field and in reports."""
@@ -35,6 +41,12 @@ Family = Literal[
     "randlora",
     "adalora",
     "lora_ga",
+    "rasa",
+    "hydralora",
+    "gora",
+    "increlora",
+    "bslora",
+    "ralora",
     "full",
 ]
 
@@ -105,6 +117,74 @@ class LoraGaOptions(Frozen):
     stable_gamma: float = Field(default=16.0, gt=0)
 
 
+class RasaOptions(Frozen):
+    """RaSA (He et al., 2025): k ranks of every layer lie in a pool of its module type."""
+
+    k: int | None = Field(
+        default=None, gt=0, description="None: an eighth of the base rank, and at least 1"
+    )
+
+
+class HydraLoraOptions(Frozen):
+    """HydraLoRA (Tian et al., 2024): several heads B on one A."""
+
+    heads: int = Field(default=3, ge=2)
+
+
+class GoraOptions(Frozen):
+    """GoRA (He et al., 2025): ranks and the start of B from the gradient, before training.
+
+    The smallest and the largest rank are these shares of the base rank: 4 and 32 where it is 8.
+    """
+
+    min_ratio: float = Field(default=0.5, gt=0, le=1, description="smallest over base rank")
+    max_ratio: float = Field(default=4.0, ge=1, description="largest over base rank")
+    gamma: float = Field(
+        default=5e-2, gt=0, description="size of the step that B starts with, over the gradient's"
+    )
+    lr_ratio: float = Field(default=16.0, ge=1, description="learning rate of B over that of A")
+
+
+class IncreLoraOptions(Frozen):
+    """IncreLoRA (Zhang et al., 2023): starts at rank 1, grows to the base rank on average.
+
+    What is not given follows from the trial's length: warm-up a tenth, the last half at final
+    ranks; between them the paper's 100 steps and 3 groups, or as few and as many as it needs.
+    """
+
+    max_ratio: float = Field(default=2.0, ge=1, description="largest over base rank")
+    top_h: int | None = Field(default=None, gt=0, description="groups that grow at a time")
+    tinit: int | None = Field(default=None, ge=0, description="steps before growth begins")
+    tfinal: int | None = Field(default=None, gt=0, description="steps after it ended")
+    delta_t: int | None = Field(default=None, gt=0, description="steps between two growths")
+    beta1: float = Field(default=0.85, gt=0, lt=1)
+    beta2: float = Field(default=0.85, gt=0, lt=1)
+    orth_reg_weight: float = Field(default=0.1, ge=0)
+
+
+class BsLoraOptions(Frozen):
+    """BSLoRA (Zhou et al., 2025): local ranks (the plan's), those of a layer, those of the model.
+
+    ``shapes`` says how one pair serves targets of different shapes: as the middle of tensors of the
+    largest, between gates of rank 1, or extended by Kronecker products.
+    """
+
+    intra_r: int = Field(default=4, gt=0, description="ranks that the targets of a layer share")
+    inter_r: int = Field(default=16, gt=0, description="ranks that all targets share")
+    shapes: Literal["slice", "gate", "kronecker"] = "slice"
+    share_size: int | None = Field(
+        default=None,
+        gt=0,
+        description="in and out of what is shared, but of slices; None: 1024 (gate), 256",
+    )
+
+
+class RaLoraOptions(Frozen):
+    """RaLoRA (Ye et al., 2026): as many blocks as the gradient's effective rank asks for."""
+
+    max_blocks: int = Field(default=32, gt=0, description="of one adapter")
+
+
 class AdapterConfig(Frozen):
     """The adapter's family, the modules it adapts, and which layers each tensor serves.
 
@@ -138,6 +218,12 @@ class AdapterConfig(Frozen):
     randlora: RandLoraOptions = RandLoraOptions()
     adalora: AdaLoraOptions = AdaLoraOptions()
     lora_ga: LoraGaOptions = LoraGaOptions()
+    gora: GoraOptions = GoraOptions()
+    increlora: IncreLoraOptions = IncreLoraOptions()
+    rasa: RasaOptions = RasaOptions()
+    hydralora: HydraLoraOptions = HydraLoraOptions()
+    bslora: BsLoraOptions = BsLoraOptions()
+    ralora: RaLoraOptions = RaLoraOptions()
 
     @model_validator(mode="after")
     def _options_belong_to_the_family(self) -> AdapterConfig:
@@ -154,6 +240,8 @@ class AdapterConfig(Frozen):
             and self.lori != LoriOptions(),
             "lora_ga.stable_gamma": self.lora_ga.scale != "stable"
             and self.lora_ga.stable_gamma != LoraGaOptions().stable_gamma,
+            "bslora.share_size": self.bslora.shapes == "slice"
+            and self.bslora.share_size is not None,
         }
         for option, is_idle in idle.items():
             if is_idle:

@@ -38,6 +38,12 @@ SYSTEMS: dict[str, System] = {
     "E²DoRA": System({"topology": "e2"}, {"family": "dora"}),
     "LoRA-FA": System({"topology": "none"}, {"family": "lora_fa"}),
     "VeRA": System({"topology": "none"}, {"family": "vera"}),
+    "RaSA": System({"topology": "none"}, {"family": "rasa"}),
+    "HydraLoRA": System({"topology": "none"}, {"family": "hydralora"}),
+    "GoRA": System({"topology": "none"}, {"family": "gora"}),
+    "IncreLoRA": System({"topology": "none"}, {"family": "increlora"}),
+    "BSLoRA": System({"topology": "none"}, {"family": "bslora"}),
+    "RaLoRA": System({"topology": "none"}, {"family": "ralora"}),
 }
 """By the names that reports use, where these don't depend on a system's options."""
 

@@ -29,7 +29,9 @@ def thin_trial(config: dict[str, Any]) -> None:
     from ray import tune
 
     def tell(evaluation: Mapping[str, Any], last: bool) -> None:
-        told = {"step": evaluation["step"], "adapter_parameters": config["adapter_parameters"]}
+        result = folder.result() if last else None  # where the plan can't tell, its worker counted
+        parameters = result.adapter_parameters if result else config["adapter_parameters"]
+        told = {"step": evaluation["step"], "adapter_parameters": parameters}
         tune.report({**evaluation["metrics"], **told, "ended": last})
 
     folder = TrialFolder(Path(config["folder"]))

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from e2lora.adapters import FAMILIES
 from e2lora.config import AdapterConfig, TrainConfig
 from e2lora.plan import SharingPlan
 
@@ -29,6 +30,8 @@ def require_checkpointable(
 
 def shared_tensors(plan: SharingPlan, adapter: AdapterConfig) -> str:
     """Who shares, in words; "" if every layer has tensors of its own."""
+    if told := FAMILIES[adapter.family].shared_anyway:
+        return told
     scopes = {adapter.a_scope, adapter.b_scope}
     for group in plan.groups if "interval" in scopes else ():
         if len(group.layers) > 1:

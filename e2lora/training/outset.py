@@ -47,6 +47,7 @@ def require_trainable(config: TrialConfig, plan: SharingPlan, data: TrialData) -
         ValueError: with the rule, the value and the remedy.
     """
     require_possible_trial(config)
+    FAMILIES[config.adapter.family].require_reaches(plan, config)
     require_checkpointable(plan, config.adapter, config.training)
     require_metric(config.training.early_stopping, data.task.directions)
     for split, rows in (("train", data.train), ("validation", data.validation)):
@@ -110,11 +111,12 @@ def adapt_base(
         gradients = measure_group_gradients(base, data, config, plan, group, alive)
     reset_head(base.model, base.head, config.seed)
     torch.manual_seed(config.seed)
-    one_start = group and state is None and family.touches_base(config.adapter)
+    starts = family.touches_base(config.adapter) or family.needs_gradients
+    one_start = group and state is None and starts
     one_start = one_start and not is_partitioned(base.model)  # whose start is one anyway
     first = bool(one_start) and dist.get_rank(group) == 0
-    if one_start and not first:
-        initial = _told_by_first(None, group)
+    told = {} if first or not one_start else _told_by_first(None, group)
+    initial = told.get("initial", initial)
     adapted = adapt(
         base.model,
         plan,
@@ -124,9 +126,15 @@ def adapt_base(
         initial=initial,
         in_loop=True,
     )
-    if first:  # singular vectors may differ between machines
-        drawn = family.initial(adapted, DEFAULT_NAME)
-        _told_by_first({name: tensor.cpu() for name, tensor in drawn.items()}, group)
+    trained = trainable_parameters(adapted) if family.needs_gradients else {}
+    if first:  # singular vectors and sums may differ between machines
+        parts = {"initial": family.initial(adapted, DEFAULT_NAME), "trained": trained}
+        _told_by_first(
+            {part: {n: t.detach().cpu() for n, t in of.items()} for part, of in parts.items()},
+            group,
+        )
+    for name, tensor in told.get("trained", {}).items():
+        trained[name].data.copy_(tensor)
     return adapted
 
 
