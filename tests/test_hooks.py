@@ -391,6 +391,7 @@ def require_equal(found: Any, expected: tuple[list[float], Any], name: str) -> N
         assert left == expected[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES_ALONE)
 @every_trial
 def test_stopped_and_resumed_trial_equals_a_plain_loop(

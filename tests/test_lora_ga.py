@@ -333,6 +333,7 @@ def cut(config: TrialConfig, size: int) -> TrialConfig:
     )
 
 
+@pytest.mark.slow
 def test_trial_starts_from_the_rows_that_its_profile_is_measured_on() -> None:
     """Whose statistics the recorder takes by blocks, in another way."""
     base, data = load_small(torch.bfloat16)

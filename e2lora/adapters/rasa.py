@@ -17,10 +17,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from e2lora.adapters.family import Factors, Family, Request, common_options, inject, layers_of
 from e2lora.adapters.lora import RANK_DIM, shapes_and_groups
+from e2lora.adapters.tensors import Composed
 from e2lora.config import AdapterConfig, PlanConfig
 from e2lora.plan import SharingPlan
 
@@ -28,11 +28,8 @@ OWN = ("private_weight", "pool_weight", "diagonal")
 """The parameters of :class:`Pooled`, as a state dict names them."""
 
 
-class Pooled(nn.Module):
+class Pooled(Composed):
     """A or B: ranks of a group beside those of the pool, of B times the layer's D.
-
-    A state dict holds the parameters, from which it is loaded, and ``weight``, from which PEFT
-    alone computes the same.
 
     Args:
         private: A_l (r − k × in) or B_l (out × r − k).
@@ -41,7 +38,6 @@ class Pooled(nn.Module):
         diagonal: D_l (1 × r − k + kN) for B: PEFT suspects tensors of one dimension.
     """
 
-    bias = None
     diagonal: nn.Parameter | None
 
     def __init__(
@@ -55,36 +51,9 @@ class Pooled(nn.Module):
         self.private_weight, self.pool_weight, self.dim = private, pool, dim
         self.register_parameter("diagonal", diagonal)
 
-    @property
-    def _whole(self) -> Tensor:
-        return torch.cat([self.private_weight, self.pool_weight], self.dim)
-
-    @property
-    def weight(self) -> Tensor:
-        return self._whole if self.diagonal is None else self._whole * self.diagonal
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x if self.diagonal is None else x * self.diagonal[0], self._whole)
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[f"{prefix}weight"] = self.weight if keep_vars else self.weight.detach()
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Any,
-        prefix: str,
-        metadata: Any,
-        strict: bool,
-        missing: list[str],
-        unexpected: list[str],
-        errors: list[str],
-    ) -> None:
-        super()._load_from_state_dict(
-            state_dict, prefix, metadata, strict, missing, unexpected, errors
-        )
-        if f"{prefix}weight" in unexpected:  # it follows from the parameters
-            unexpected.remove(f"{prefix}weight")
+    def whole(self) -> Tensor:
+        joined = torch.cat([self.private_weight, self.pool_weight], self.dim)
+        return joined if self.diagonal is None else joined * self.diagonal
 
 
 class Rasa(Family):
