@@ -156,11 +156,16 @@ def rank_for_count(target: int, count: Callable[[int], int], most: int) -> int:
     Of two that are equally near it is the smaller one.
 
     Args:
-        count: parameters at a base rank; never falls as the rank rises.
+        count: parameters at a base rank; never falls as the rank rises. Where the largest rank has
+            fewer than the smallest (RandLoRA: larger bases, and fewer of them), all are tried.
 
     >>> rank_for_count(1000, lambda r: 96 * r, most=64)
     10
+    >>> rank_for_count(700, lambda r: -(-64 // r) * (r + 64), most=64)  # ten bases, almost
+    7
     """
+    if count(1) > count(most):
+        return min(range(1, most + 1), key=lambda r: (abs(count(r) - target), count(r), r))
     first_above = bisect.bisect_left(range(1, most + 1), target, key=count) + 1
     near = [r for r in (first_above - 1, first_above) if 1 <= r <= most]
     return min(near, key=lambda r: (abs(count(r) - target), count(r), r))
