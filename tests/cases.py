@@ -179,7 +179,12 @@ def leaves_the_base(case: Case) -> bool:
 
 
 def over(cases: list[Case]) -> Any:
-    return pytest.mark.parametrize("case", cases, ids=str)
+    """Those of further kinds of models are slow together."""
+    marked = [
+        pytest.param(case, marks=() if case.kind in SOME_KINDS else pytest.mark.slow)
+        for case in cases
+    ]
+    return pytest.mark.parametrize("case", marked, ids=str)
 
 
 def adapted_as(case: Case, **options: Any) -> Adapted:
