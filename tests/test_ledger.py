@@ -161,6 +161,25 @@ def test_trial_that_tune_has_no_record_of_is_given_to_it_and_not_run(
     assert [trial.values for trial in resumed._ledger.trials] == [[0.5, 10.0]] * 2
 
 
+def test_ended_trial_is_recorded_as_it_ended_whatever_would_be_refused_today(
+    folder: StudyFolder, plans: Plans
+) -> None:
+    search = searcher(folder, plans, num_trials=1)
+    search.suggest("a")
+    finish(folder, 0, 0.5)
+    search.on_trial_complete("a", None)
+    folder.tune_trial(0).rmdir()
+    kept = folder.trial(0).result_file.read_bytes()
+
+    def refuse(trial: Any) -> TrialConfig:
+        raise ValueError("no such thing any more")
+
+    resumed = searcher(folder, plans, num_trials=1, study=replace(STUDY, space=refuse))
+    assert resumed.suggest("x")["trial"] == 0
+    assert folder.trial(0).result_file.read_bytes() == kept
+    assert states(resumed) == [TrialState.COMPLETE]
+
+
 def test_interrupted_trial_and_one_whose_watcher_died_stay_open(
     folder: StudyFolder, plans: Plans
 ) -> None:

@@ -100,38 +100,53 @@ class AdaLora(Family):
                 f"{max_steps}. Lower `adalora.tfinal`, or train longer."
             )
 
+    def held_rank(self, plan: SharingPlan, config: AdapterConfig) -> int:
+        """Of the tensors of every group, which stay as large to the end."""
+        return initial_rank(plan, config)
+
     def count(self, plan: SharingPlan, config: AdapterConfig) -> int:
         sizes = {t.module_type: t.in_features + t.out_features + 1 for t in plan.targets}
-        return initial_rank(plan, config) * sum(sizes[g.module_type] for g in plan.groups)
+        return self.held_rank(plan, config) * sum(sizes[g.module_type] for g in plan.groups)
 
     def left_to_the_loop(self, config: AdapterConfig) -> str:
         return "ranks are to be pruned after each step, as by PEFT's `update_and_allocate`"
 
     def build(self, model: Any, request: Request) -> Any:
-        from peft import AdaLoraConfig
         from peft.tuners.adalora.layer import RankAllocator
 
-        plan, config, name = request.plan, request.config, request.name
-        init_r, r = initial_rank(plan, config), plan.groups[0].r
+        options = request.config.adalora
+        adapted = self.with_triplets(
+            model,
+            request,
+            deltaT=options.delta_t,
+            beta1=options.beta1,
+            beta2=options.beta2,
+            orth_reg_weight=options.orth_reg_weight,
+            tinit=options.tinit or 0,
+            tfinal=options.tfinal or 0,
+        )
+        tuner, name = adapted.base_model, request.name
+        tuner.rankallocator = RankAllocator(tuner.model, adapted.peft_config[name], name)
+        return adapted
+
+    def with_triplets(self, model: Any, request: Request, **options: Any) -> Any:
+        """PEFT's layers with an A, E and B for each group, at LoRA's scale at the base rank."""
+        from peft import AdaLoraConfig
+
+        plan, config = request.plan, request.config
+        held, r = self.held_rank(plan, config), plan.groups[0].r
         root = r**0.5 if plan.options.use_rslora else r
         peft_config = AdaLoraConfig(
             **common_options(model, request),
-            init_r=init_r,
+            init_r=held,
             target_r=r,
-            lora_alpha=plan.groups[0].lora_alpha * init_r / root,  # type: ignore[arg-type]
+            lora_alpha=plan.groups[0].lora_alpha * held / root,  # type: ignore[arg-type]
             lora_dropout=config.lora_dropout,
-            deltaT=config.adalora.delta_t,
-            beta1=config.adalora.beta1,
-            beta2=config.adalora.beta2,
-            orth_reg_weight=config.adalora.orth_reg_weight,
-            tinit=config.adalora.tinit or 0,
-            tfinal=config.adalora.tfinal or 0,
             total_step=UNKNOWN_STEPS,  # PEFT wants a number; whoever trains knows it
+            **options,
         )
-        adapted = inject(model, plan, peft_config, name)
-        tie(adapted, plan, name)
-        tuner = adapted.base_model
-        tuner.rankallocator = RankAllocator(tuner.model, peft_config, name)
+        adapted = inject(model, plan, peft_config, request.name)
+        tie(adapted, plan, request.name)
         return adapted
 
     def hooks(

@@ -27,10 +27,8 @@ from torch import Tensor
 
 from e2lora.adapters.adalora import (
     TRIPLET,
-    UNKNOWN_STEPS,
     AdaLora,
     set_kept_ranks,
-    tie,
 )
 from e2lora.adapters.family import (
     DEFAULT_NAME,
@@ -38,8 +36,6 @@ from e2lora.adapters.family import (
     Handle,
     Hooks,
     Request,
-    common_options,
-    inject,
     layers_of,
 )
 from e2lora.config import (
@@ -99,32 +95,17 @@ class IncreLora(AdaLora):
                 f"{math.ceil(lacking / growth.rounds)}, lower `delta_t`, or train longer."
             )
 
-    def count(self, plan: SharingPlan, config: AdapterConfig) -> int:
-        sizes = {t.module_type: t.in_features + t.out_features + 1 for t in plan.targets}
-        return capacity(plan, config) * sum(sizes[g.module_type] for g in plan.groups)
+    def held_rank(self, plan: SharingPlan, config: AdapterConfig) -> int:
+        return capacity(plan, config)
 
     def left_to_the_loop(self, config: AdapterConfig) -> str:
         return "all ranks but the first of each group are to grow on the way"
 
     def build(self, model: Any, request: Request) -> Any:
-        from peft import AdaLoraConfig
-
-        plan, config, name = request.plan, request.config, request.name
-        most, r = capacity(plan, config), plan.groups[0].r
-        root = r**0.5 if plan.options.use_rslora else r
-        peft_config = AdaLoraConfig(
-            **common_options(model, request),
-            init_r=most,
-            target_r=r,
-            lora_alpha=plan.groups[0].lora_alpha * most / root,  # type: ignore[arg-type]
-            lora_dropout=config.lora_dropout,
-            orth_reg_weight=config.increlora.orth_reg_weight,
-            total_step=UNKNOWN_STEPS,  # PEFT wants a number
-        )
-        adapted = inject(model, plan, peft_config, name)
-        tie(adapted, plan, name)
-        for layer in layers_of(adapted, plan).values():
-            a, e, b = (getattr(layer, slot)[name].data for slot in TRIPLET)
+        penalty = request.config.increlora.orth_reg_weight
+        adapted = self.with_triplets(model, request, orth_reg_weight=penalty)
+        for layer in layers_of(adapted, request.plan).values():
+            a, e, b = (getattr(layer, slot)[request.name].data for slot in TRIPLET)
             a[1:], e[1:], b[:, 1:] = 0.0, 0.0, 0.0
         return adapted
 

@@ -134,20 +134,10 @@ class Composed(nn.Module):
         destination[f"{prefix}weight"] = self.weight if keep_vars else self.weight.detach()
 
     def _load_from_state_dict(
-        self,
-        state_dict: Any,
-        prefix: str,
-        metadata: Any,
-        strict: bool,
-        missing: list[str],
-        unexpected: list[str],
-        errors: list[str],
+        self, state_dict: dict[str, Tensor], prefix: str, *arguments: Any
     ) -> None:
-        super()._load_from_state_dict(
-            state_dict, prefix, metadata, strict, missing, unexpected, errors
-        )
-        if f"{prefix}weight" in unexpected:  # it follows from the parameters
-            unexpected.remove(f"{prefix}weight")
+        state_dict.pop(f"{prefix}weight", None)  # it follows from the parameters
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
 
 class FrozenLinear(nn.Module):

@@ -179,8 +179,10 @@ class LedgerSearch(OptunaSearch):
                 self._ledger.enqueue_trial(dict(point), user_attrs={ORIGIN: origin})
 
     def suggest(self, trial_id: str) -> Any:
-        if known := self._unfinished or self._unrecorded:
-            frozen = known.pop(0)
+        if self._unrecorded:
+            return self._to_record(trial_id, self._unrecorded.pop(0))
+        if self._unfinished:
+            frozen = self._unfinished.pop(0)
             self._ot_trials[trial_id] = optuna.trial.Trial(self._ledger, frozen._trial_id)
         elif len(self._running) >= self._open_slots():  # first: Tune asks many times a second
             return None  # asked again soon: the later, the more the sampler knows
@@ -204,6 +206,18 @@ class LedgerSearch(OptunaSearch):
                 return suggestion
             if self.num_suggestions == 0 or self._is_over() or self.is_exhausted:
                 return Searcher.FINISHED
+
+    def _to_record(self, trial_id: str, ended: FrozenTrial) -> dict[str, Any]:
+        """For Tune, a trial that has ended: nothing of it is decided, checked or run again."""
+        self._ot_trials[trial_id] = optuna.trial.Trial(self._ledger, ended._trial_id)
+        folder = self._folder.trial(ended.number)
+        result = folder.result()
+        assert result is not None, f"{folder.path} has ended in the ledger, and has no result"
+        return {
+            "trial": ended.number,
+            "folder": str(folder.path),
+            "adapter_parameters": result.adapter_parameters,
+        }
 
     def _configure(self, trial: Any) -> dict[str, Any]:
         """The space, adapted: what Tune gets is where the trial's configuration stands."""
@@ -327,6 +341,7 @@ class LedgerSearch(OptunaSearch):
             for trial in self._of_study()
             if trial.state.is_finished()
             and self._folder.trial(trial.number).plan_file.exists()
+            and self._folder.trial(trial.number).result_file.exists()
             and not self._folder.tune_trial(trial.number).exists()
         ]
 
