@@ -62,12 +62,12 @@ SYSTEMS = {
     "E²LoRA-GA": System(E2, {"family": "lora_ga"}, 1e-3),
     "RaSA": System({"r": 16, "lora_alpha": 8}, {"family": "rasa"}, 3e-3),  # k is 2
     "E²RaSA": System({**E2, "r": 16, "lora_alpha": 8}, {"family": "rasa"}, 3e-3),
-    "HydraLoRA": System({"r": 4, "lora_alpha": 32}, {"family": "hydralora"}, 1e-3),  # three heads
-    "E²HydraLoRA": System({**E2, "r": 4, "lora_alpha": 32}, {"family": "hydralora"}, 1e-3),
+    "HydraLoRA": System({"r": 4, "lora_alpha": 32}, {"family": "hydralora"}, 3e-3),  # three heads
+    "E²HydraLoRA": System({**E2, "r": 4, "lora_alpha": 32}, {"family": "hydralora"}, 3e-3),
     "GoRA": System({}, {"family": "gora"}, 3e-4),
     "LSS only GoRA": System(LSS, {"family": "gora"}, 3e-4),
-    "IncreLoRA": System({}, {"family": "increlora"}, 1e-2),
-    "LSS only IncreLoRA": System(LSS, {"family": "increlora"}, 1e-2),
+    "IncreLoRA": System({}, {"family": "increlora"}, 3e-2),
+    "LSS only IncreLoRA": System(LSS, {"family": "increlora"}, 3e-2),
     "BSLoRA": System({"r": 2, "lora_alpha": 4}, {"family": "bslora"}, 3e-3),  # 4 and 16 are shared
     "E²BSLoRA": System({**E2, "r": 2, "lora_alpha": 4}, {"family": "bslora"}, 3e-3),
     "RaLoRA": System({}, {"family": "ralora"}, 3e-3),

@@ -42,9 +42,8 @@ RATES = {
     "RandLoRA": 1e-3,
     "AdaLoRA": 3e-2,
     "LoRA-GA": 1e-3,
-    "HydraLoRA": 1e-3,
     "GoRA": 3e-4,
-    "IncreLoRA": 1e-2,
+    "IncreLoRA": 3e-2,
 }
 """Learning rates of those that LoRA's, 3e-3, doesn't suit."""
 BUDGETS = (110_592,)

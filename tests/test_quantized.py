@@ -38,7 +38,16 @@ from e2lora.tasks import TrialData, load_task
 from e2lora.training.engine import Engine
 from e2lora.weights import weights_fingerprint
 from tests.conftest import needs_package
-from tests.kinds import KINDS, SHARINGS, SMALL, fill, loss_of, make_plan, output_of
+from tests.kinds import (
+    KINDS,
+    SHARINGS,
+    SMALL,
+    fill,
+    loss_of,
+    made_up_gradients,
+    make_plan,
+    output_of,
+)
 from tests.small import MODEL, small_trial
 from tests.toy import by_autograd, measure, require_equal
 
@@ -127,10 +136,14 @@ class Pair:
         ).seeded(0)
         self.adapter = chosen
         self.plan = make_plan(self.bases[0], chosen, SHARINGS[sharing].plan)
+        gradients = made_up_gradients(self.plan) if FAMILIES[family].needs_gradients else None
         models = []
         for base in self.bases:
             torch.manual_seed(1)
-            models.append(adapt(base.model, self.plan, chosen, base.head, in_loop=True).eval())
+            adapted = adapt(
+                base.model, self.plan, chosen, base.head, gradients=gradients, in_loop=True
+            )
+            models.append(adapted.eval())
             if filled:
                 fill(models[-1])
         return models
@@ -202,7 +215,11 @@ def test_fingerprint_shows_scales_too(tmp_path: Path) -> None:
         ("randlora", "own"),
         ("rasa", "E²"),
         ("hydralora", "E²"),
+        ("bslora", "E²"),
         ("adalora", "LSS only"),
+        ("increlora", "LSS only"),
+        ("gora", "LSS only"),
+        ("ralora", "LSS only"),
     ],
 )
 def test_adapter_and_its_gradients_are_those_on_floats(

@@ -243,6 +243,19 @@ def test_card_without_a_name_for_the_base_says_so(tmp_path: Path) -> None:
     assert '"BASE_MODEL"' in card
 
 
+@pytest.mark.parametrize(
+    ("family", "told"),
+    [
+        ("lora", "makes what PEFT or vLLM and llama.cpp or transformers can load"),
+        ("randlora", "makes what PEFT or transformers can load"),
+        ("hydralora", "Nothing else loads it: PEFT alone has no router of heads; load the adapter"),
+    ],
+)
+def test_card_tells_who_else_can_read_the_adapter(family: str, told: str, tmp_path: Path) -> None:
+    saved(tmp_path, family=family, sharing="own")
+    assert told in (tmp_path / "README.md").read_text()
+
+
 # ---- what is refused --------------------------------------------------------------------------
 
 

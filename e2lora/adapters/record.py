@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
+from e2lora.adapters.family import Ability
 from e2lora.config import AdapterConfig, Frozen, ModelConfig, TrialConfig, system_name
 from e2lora.plan import SharingPlan
 from e2lora.records import Evaluation
 
 VERSION: Literal[2] = 2
+READERS: Mapping[Ability, str] = {
+    "peft": "PEFT",
+    "portable": "vLLM and llama.cpp",
+    "merge": "transformers",
+}
 
 
 class BaseRecord(Frozen):
@@ -55,12 +61,14 @@ def adapter_card(
     record: AdapterRecord,
     plan: SharingPlan,
     count: Count,
+    lacks: Mapping[Ability, str],
     trial: TrialConfig | None = None,
     evaluation: Evaluation | None = None,
 ) -> str:
     """Markdown, with the header that the Hugging Face hub reads.
 
     Args:
+        lacks: what the family can't be exported as, and why.
         trial: that trained it; None: unknown, and so are task, seeds and metrics.
         evaluation: the last one.
     """
@@ -95,10 +103,21 @@ def adapter_card(
         "## Loading",
         f"```python\n{loading_lines(base, head=record.head)}```",
         "Run from this folder, or name it in the last line. Only safetensors and JSON are read. "
-        "e2lora's `jobs/export.py` makes of this folder what PEFT, vLLM, llama.cpp or transformers "
-        "load without e2lora.",
+        + _other_readers(record, lacks),
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _other_readers(record: AdapterRecord, lacks: Mapping[Ability, str]) -> str:
+    rounds = bool(record.base.model and record.base.model.quantization)
+    readers = [
+        reader
+        for ability, reader in READERS.items()
+        if ability not in lacks and not (ability == "merge" and rounds)
+    ]
+    if not readers:
+        return f"Nothing else loads it: {lacks['peft']}."
+    return f"e2lora's `jobs/export.py` makes what {' or '.join(readers)} can load without e2lora."
 
 
 def export_card(

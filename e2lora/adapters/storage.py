@@ -113,7 +113,7 @@ def _write(
     )
     write_json(folder / RECORD, record)
     count = _count(trained, packed, adapted)
-    write_text(folder / CARD, adapter_card(record, plan, count, trial, evaluation))
+    write_text(folder / CARD, adapter_card(record, plan, count, family.lacks, trial, evaluation))
 
 
 def _count(trained: Mapping[str, Tensor], packed: Mapping[str, Tensor], adapted: Any) -> Count:
