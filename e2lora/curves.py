@@ -46,7 +46,7 @@ def draw_sizes(
             [size.value for size in line],
             color=colour,
             marker=marker,
-            ms=11 if marker == "*" else 6,
+            ms=_points(marker),
             mec="white",
             mew=0.7,
             lw=2.2 if first else 1.1,
@@ -60,6 +60,11 @@ def draw_sizes(
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
     write_headline(figure, f"{title}: {metric} over adapter size")
     save_figure(figure, file)
+
+
+def _points(marker: str) -> float:
+    """How large a marker is, so that all look alike."""
+    return 11 if marker == "*" else 6
 
 
 @dataclass(frozen=True)
@@ -126,16 +131,51 @@ def draw_learning_rates(
 
 
 def _apart(rates: Sequence[float]) -> list[float]:
-    """Those that can carry a label each: at least a factor of 1.6 apart.
+    """Those that can carry a label each: at least a factor of 1.6 and a sixth of the axis apart.
 
     >>> _apart([1e-3, 1.1e-3, 3e-3])
     [0.001, 0.003]
+    >>> _apart([1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1])
+    [0.0001, 0.001, 0.01, 0.1]
     """
     kept: list[float] = []
     for rate in rates:
-        if not kept or rate / kept[-1] >= 1.6:
+        if not kept or rate / kept[-1] >= max(1.6, (rates[-1] / rates[0]) ** (1 / 6)):
             kept.append(rate)
     return kept
+
+
+def draw_standings(
+    file: Path,
+    standings: Mapping[str, Size],
+    styles: Styles,
+    metric: str,
+    title: str,
+    baseline: float | None = None,
+) -> None:
+    """The metric of each system, in the order given, from the top; the dashed line is a baseline.
+
+    The bars are the systems' intervals, the numbers their adapter parameters.
+    """
+    figure, (axes,) = make_panels(1, width=7.4, height=1.0 + 0.27 * len(standings))
+    edge = axes.get_yaxis_transform()
+    for place, (system, size) in enumerate(standings.items()):
+        colour, marker = styles[system]
+        if size.interval is not None:
+            axes.plot(size.interval, [place] * 2, color=colour, lw=2.2, alpha=0.45, zorder=3)
+        axes.plot(size.value, place, color=colour, marker=marker, ms=_points(marker), mec="white", zorder=4)
+        told = f"{size.parameters:,}"
+        axes.text(1.01, place, told, transform=edge, va="center", fontsize=8, color=FAINT)
+    if baseline is not None:
+        axes.axvline(baseline, color=FAINT, lw=1.1, ls=(0, (5, 4)), zorder=1)
+        told, top = f"majority baseline {baseline:.3f}", axes.get_xaxis_transform()
+        axes.text(baseline, 1.01, told, transform=top, ha="center", fontsize=8, color=FAINT)
+    axes.set_yticks(range(len(standings)), list(standings))
+    axes.invert_yaxis()
+    axes.grid(False, axis="y")
+    axes.set_xlabel(metric)
+    write_headline(figure, f"{title}: {metric} of each system, and its adapter parameters")
+    save_figure(figure, file)
 
 
 def draw_importances(file: Path, found: Importances, metric: str, title: str) -> None:

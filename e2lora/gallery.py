@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from e2lora.config import PlanConfig
-from e2lora.curves import Curve, Size, draw_importances, draw_learning_rates, draw_sizes
+from e2lora.curves import Curve, Size, draw_importances, draw_learning_rates, draw_sizes, draw_standings
 from e2lora.figures import draw_ranks, draw_similarity
 from e2lora.front import Point, draw_front, styles_of
 from e2lora.importance import Importances, importances
@@ -20,7 +20,7 @@ from e2lora.standings import representatives, runs_of, spread_of
 from e2lora.statistics import pareto_front
 from e2lora.tables import Picture
 
-NAMES = ("pareto", "size", "learning-rate", "importance", "plans", "similarity")
+NAMES = ("pareto", "systems", "size", "learning-rate", "importance", "plans", "similarity")
 MOST_PLANS = 3  # beside one another
 
 
@@ -48,8 +48,12 @@ def draw_all(
         points, bars = points_of(section)
         file = place("pareto", f"Pareto front: {metric} against adapter size; bars: {bars}.")
         draw_front(file, points, styles, metric, title, section.baseline, bars)
-        lines = {name: lines_of(section, name) for name in (REFERENCE, *others)}
-        lines = {name: line for name, line in lines.items() if len(line) > 1}
+        every = {name: lines_of(section, name) for name in (REFERENCE, *others)}
+        lines = {name: line for name, line in every.items() if len(line) > 1}
+        if not lines and len(others) > 1:
+            file = place("systems", f"{metric} of each system, the best first; bars: {bars}.")
+            standings = standings_of(section, every)
+            draw_standings(file, standings, styles, metric, title, section.baseline)
         if lines:
             file = place(
                 "size", f"{metric} over adapter size, each system by its best; bars: {bars}."
@@ -131,6 +135,13 @@ def lines_of(section: Section, system: str) -> list[Size]:
     if over_seeds:
         mine = [t for t in mine if runs_of(section, t)]
     return sorted((_shown(section, t, over_seeds) for t in mine), key=lambda size: size.parameters)
+
+
+def standings_of(section: Section, lines: Mapping[str, Sequence[Size]]) -> dict[str, Size]:
+    """The one size of each system that has one, the best value first."""
+    falling = section.metric.direction == "maximize"
+    only = [(name, line[0]) for name, line in lines.items() if line]
+    return dict(sorted(only, key=lambda entry: entry[1].value, reverse=falling))
 
 
 def curves_of(section: Section, found: Sequence[Sweep]) -> dict[str, list[Curve]]:

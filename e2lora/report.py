@@ -99,6 +99,7 @@ def _chapters(folder: StudyFolder, study: Reading) -> list[Chapter]:
         parts = (
             budget_table(section) if section.cells else None,
             shown.get("pareto"),
+            shown.get("systems"),
             shown.get("size"),
             ablation_table(section),
             sensitivity_table(section),

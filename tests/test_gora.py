@@ -337,7 +337,7 @@ def test_groups_of_several_ranks_are_refused() -> None:
     )
     options = PlanConfig(topology="explicit", groups=groups, r=4)  # type: ignore[arg-type]
     plan = build_plan(find_targets(base.model, ("k_proj",)), options)
-    with pytest.raises(ValueError, match=r"one average rank.*ranks \[2, 4\].*the same r"):
+    with pytest.raises(ValueError, match=r"must have the same rank.*ranks \[2, 4\].*the same r"):
         adapt(base.model, plan, config, gradients=gradients_of(plan), in_loop=True)
 
 

@@ -13,7 +13,7 @@ from scipy import stats
 
 from e2lora.ablation import ablation_table
 from e2lora.config import ModelConfig, Objective, TextClassificationConfig, task_preset
-from e2lora.gallery import points_of, winning_plans
+from e2lora.gallery import lines_of, points_of, standings_of, winning_plans
 from e2lora.records import StudyFolder, StudyRecord, write_json
 from e2lora.report import Report, render_report
 from e2lora.scored import Section
@@ -424,6 +424,16 @@ def test_sampler_s_trials_do_not_enter_the_sensitivity(study: MadeUpStudy) -> No
     assert table is not None
     assert table.header == ("system", "budget", "0.001", "0.003", "range", "note")
     assert rows_of(table, "system")["E²LoRA",]["range"] == "0.1250"
+
+
+def test_systems_of_one_size_each_stand_in_a_picture_the_best_first(tmp_path: Path) -> None:
+    study = MadeUpStudy(tmp_path, quota=1, budgets=(18_432,))
+    for topology, hits in ((E2, 300), (LORA, 320), (BLOCKS, 310)):
+        study.add(topology, 2, right(hits), 18_432)
+    assert "systems.png" in [file.name for file in render_report(study.folder).pictures]
+    section = section_of(study)
+    lines = {system: lines_of(section, system) for system in ("E²LoRA", "LoRA", "blocks(2)")}
+    assert [*standings_of(section, lines)] == ["LoRA", "blocks(2)", "E²LoRA"]
 
 
 # ---- pages and pictures ------------------------------------------------------------------------

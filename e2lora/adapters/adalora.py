@@ -56,17 +56,13 @@ class AdaLora(Family):
 
     key = "adalora"
     no_allocation = "it allocates its own, between all groups, while it trains"
+    one_rank = "it is the average of those that it allocates"
     zero_stages = (0, 1, 2)
     why_not_other_stages = "its ranks are chosen by whole gradients, and stage 3 partitions them"
 
     def require_fits(self, plan: SharingPlan, config: AdapterConfig) -> None:
-        ranks = sorted({group.r for group in plan.groups})
-        if len(ranks) > 1:
-            raise ValueError(
-                "AdaLoRA has one initial and one average final rank for all groups; this plan has "
-                f"ranks {ranks}. Give all `groups` the same r, or use another family."
-            )
-        r, init_r = ranks[0], initial_rank(plan, config)
+        super().require_fits(plan, config)
+        r, init_r = plan.groups[0].r, initial_rank(plan, config)
         if init_r <= r:
             raise ValueError(
                 "AdaLoRA must start above the rank it prunes to; got init_ratio="

@@ -85,6 +85,7 @@ class BsLora(Family):
     shared_anyway = "all targets of BSLoRA"
 
     def require_fits(self, plan: SharingPlan, config: AdapterConfig) -> None:
+        super().require_fits(plan, config)
         size = share_size(config)
         for target in plan.targets if config.bslora.shapes == "kronecker" else ():
             if target.in_features % size or target.out_features % size:

@@ -111,6 +111,8 @@ class Family:
     "of A and B"
     no_allocation: ClassVar[str] = ""
     "why ranks can't be allocated by gradients, where they can't"
+    one_rank: ClassVar[str] = ""
+    "why all groups must have the same rank, where they must"
     lacks: ClassVar[Mapping[Ability, str]] = {}
     "why not, of what can't be made of it"
     unread_by_peft: ClassVar[tuple[str, ...]] = ()
@@ -180,6 +182,12 @@ class Family:
         Raises:
             ValueError: with the reason.
         """
+        ranks = sorted({group.r for group in plan.groups})
+        if self.one_rank and len(ranks) > 1:
+            raise ValueError(
+                f"all groups of {self.name} must have the same rank: {self.one_rank}; this plan "
+                f"has ranks {ranks}. Give all `groups` the same r, or use another family."
+            )
 
     def require_trains(self, config: TrialConfig) -> None:
         """Refuse what training asks and the family can't do.

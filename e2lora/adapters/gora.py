@@ -41,17 +41,10 @@ class Gora(Lora):
     initialisations = ("default",)
     scopes = ("interval",)
     no_allocation = "it allocates its own, by the gradients that it starts from"
+    one_rank = "it is the average of those that it allocates"
     needs_gradients = True
     count_is_limit = True
     starts_moved = True
-
-    def require_fits(self, plan: SharingPlan, config: AdapterConfig) -> None:
-        ranks = sorted({group.r for group in plan.groups})
-        if len(ranks) > 1:
-            raise ValueError(
-                "GoRA has one average rank for all groups, from which it allocates its own; this "
-                f"plan has ranks {ranks}. Give all `groups` the same r, or use another family."
-            )
 
     def left_to_the_loop(self, config: AdapterConfig) -> str:
         return f"B is to learn {config.gora.lr_ratio:g} times as fast as A"

@@ -63,12 +63,7 @@ class IncreLora(AdaLora):
     zero_stages = (0, 1, 2)
 
     def require_fits(self, plan: SharingPlan, config: AdapterConfig) -> None:
-        ranks = sorted({group.r for group in plan.groups})
-        if len(ranks) > 1:
-            raise ValueError(
-                "IncreLoRA has one average final rank for all groups; this plan has ranks "
-                f"{ranks}. Give all `groups` the same r, or use another family."
-            )
+        Family.require_fits(self, plan, config)
 
     def require_trains(self, config: TrialConfig) -> None:
         Family.require_trains(self, config)

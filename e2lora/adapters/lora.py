@@ -71,6 +71,7 @@ class Lora(Family):
             )
 
     def require_fits(self, plan: SharingPlan, config: AdapterConfig) -> None:
+        super().require_fits(plan, config)
         init = config.init_lora_weights
         shared = [group for group in plan.groups if len(group.layers) > 1]
         if init.startswith(IN_ONE_LAYER) and shared:

@@ -31,6 +31,7 @@ class LoraGa(Lora):
         return True
 
     def require_fits(self, plan: SharingPlan, config: AdapterConfig) -> None:
+        super().require_fits(plan, config)
         for in_features, out_features, groups in shapes_and_groups(plan):
             for group in groups:
                 if 2 * group.r > min(in_features, out_features):

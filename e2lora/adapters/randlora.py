@@ -39,6 +39,7 @@ class RandLora(Family):
     no_allocation = (
         "its updates are of full rank whatever r is, and a larger r gives them fewer parameters"
     )
+    one_rank = "one set of bases serves the whole model"
     lacks: ClassVar[Mapping[Ability, str]] = {
         "portable": "its update is of full rank, which no small A and B can say; merge it",
     }
@@ -49,14 +50,6 @@ class RandLora(Family):
             raise ValueError(
                 "RandLoRA divides α by r, the size of a basis: its update has the full rank "
                 "whatever r is, so √r has no meaning; got use_rslora=True. Set use_rslora=False."
-            )
-
-    def require_fits(self, plan: SharingPlan, config: AdapterConfig) -> None:
-        ranks = sorted({group.r for group in plan.groups})
-        if len(ranks) > 1:
-            raise ValueError(
-                "RandLoRA makes one set of bases for the whole model, so all groups must have one "
-                f"rank; got {ranks}. Give no ranks of their own to groups."
             )
 
     def count(self, plan: SharingPlan, config: AdapterConfig) -> int:

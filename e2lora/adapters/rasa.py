@@ -77,6 +77,7 @@ class Rasa(Family):
             )
 
     def require_fits(self, plan: SharingPlan, config: AdapterConfig) -> None:
+        super().require_fits(plan, config)
         k = pooled_ranks(plan.options, config)
         for group in plan.groups:
             if group.r <= k:
