@@ -163,7 +163,8 @@ def draw_standings(
         colour, marker = styles[system]
         if size.interval is not None:
             axes.plot(size.interval, [place] * 2, color=colour, lw=2.2, alpha=0.45, zorder=3)
-        axes.plot(size.value, place, color=colour, marker=marker, ms=_points(marker), mec="white", zorder=4)
+        look = {"color": colour, "marker": marker, "ms": _points(marker), "mec": "white"}
+        axes.plot(size.value, place, **look, zorder=4)
         told = f"{size.parameters:,}"
         axes.text(1.01, place, told, transform=edge, va="center", fontsize=8, color=FAINT)
     if baseline is not None:

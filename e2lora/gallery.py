@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from e2lora.config import PlanConfig
-from e2lora.curves import Curve, Size, draw_importances, draw_learning_rates, draw_sizes, draw_standings
+from e2lora.curves import (
+    Curve,
+    Size,
+    draw_importances,
+    draw_learning_rates,
+    draw_sizes,
+    draw_standings,
+)
 from e2lora.figures import draw_ranks, draw_similarity
 from e2lora.front import Point, draw_front, styles_of
 from e2lora.importance import Importances, importances

@@ -92,6 +92,7 @@ def test_all_broken_solutions_of_humaneval_fail(broken: str) -> None:
     assert passed("humaneval", rows_of("humaneval", "test"), [broken] * 164) == 0
 
 
+@pytest.mark.slow
 def test_solutions_of_mbpp_pass_and_broken_ones_fail() -> None:
     rows = rows_of("mbpp", "test")[::10]
     assert passed("mbpp", rows, [PROBLEMS["mbpp"].solution(row) for row in rows]) == 50

@@ -49,7 +49,12 @@ SYSTEMS = {  # name → sharing, family, options
 }
 FULL = {"FFT": ("own", "full", {})}
 PORTABLE = [system for system in SYSTEMS if system != "E²DoRA"]
-TEXT = ("bert", "llama", "gpt2", "t5")
+KINDS_OF_TEXT = (
+    "bert",
+    "llama",
+    pytest.param("gpt2", marks=pytest.mark.slow),
+    pytest.param("t5", marks=pytest.mark.slow),
+)
 WITHOUT_RANKS = ("rank_pattern", "alpha_pattern", "use_rslora")
 
 
@@ -105,7 +110,7 @@ def read_by_peft(folder: Path, kind: str) -> Tensor:
 # ---- the same function ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", TEXT)
+@pytest.mark.parametrize("kind", KINDS_OF_TEXT)
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_plain_peft_computes_what_the_adapter_does(kind: str, system: str, tmp_path: Path) -> None:
     adapted = saved(tmp_path, kind, system)
@@ -113,7 +118,7 @@ def test_plain_peft_computes_what_the_adapter_does(kind: str, system: str, tmp_p
     torch.testing.assert_close(found, adapted.output(), rtol=1e-4, atol=2e-4)
 
 
-@pytest.mark.parametrize("kind", TEXT)
+@pytest.mark.parametrize("kind", KINDS_OF_TEXT)
 @pytest.mark.parametrize("system", PORTABLE)
 def test_portable_form_needs_no_more_than_r_and_alpha(
     kind: str, system: str, tmp_path: Path
@@ -142,7 +147,7 @@ def test_portable_form_needs_no_more_than_r_and_alpha(
     torch.testing.assert_close(output_of(base.model, kind), expected, rtol=1e-4, atol=2e-4)
 
 
-@pytest.mark.parametrize("kind", TEXT)
+@pytest.mark.parametrize("kind", KINDS_OF_TEXT)
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_merged_model_needs_transformers_alone(kind: str, system: str, tmp_path: Path) -> None:
     adapted = saved(tmp_path, kind, system)

@@ -409,6 +409,7 @@ def test_trial_of_two_workers_equals_a_plain_loop(
     require_equal(in_two[f"{name} at stage {stage}"], plain[name], name)
 
 
+@pytest.mark.slow
 def test_plain_loops_prune_and_mask_as_much_as_they_shall(plain: dict[str, Any]) -> None:
     """Else equal results would prove little."""
     pattern = plain["AdaLoRA"][1]

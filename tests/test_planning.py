@@ -293,6 +293,7 @@ def test_dry_run_counts_without_touching_weights(plan: Any, without_weights: str
     assert "weights must be readable" in told
 
 
+@pytest.mark.slow
 def test_dry_run_promises_what_is_then_measured(plan: Any, tmp_path: Path) -> None:
     """Two of 12 targets a pass: each takes two sums of 384 x 384 x 4 bytes, 1.1 MiB, of 3.1."""
     small = [*SMALL, "microbatch_size=3", "max_held_gib=0.003"]

@@ -90,6 +90,7 @@ def _at_seed(seed: int) -> Any:
     return lambda trial: space(trial).model_copy(update={"seed": seed})
 
 
+@pytest.mark.slow
 def test_tune_hears_of_a_trial_that_ended_when_the_driver_was_killed(tmp_path: Path) -> None:
     folder = StudyFolder(tmp_path, "unheard")
     run_synthetic(replace(STUDY, num_trials=2), folder, curve)

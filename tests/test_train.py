@@ -358,8 +358,9 @@ def test_resumed_trial_equals_an_uninterrupted_one_bit_for_bit(
         assert one.read_bytes() == other.read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_process")
-@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stage", [1, 2])
 def test_bf16_trial_resumes_exactly_and_leaves_its_base_as_it_was(
     stage: int, tmp_path: Path
 ) -> None:
