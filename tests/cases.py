@@ -179,14 +179,14 @@ def leaves_the_base(case: Case) -> bool:
 
 
 def over(cases: list[Case]) -> Any:
-    """All of the first kind of models, some of a few others; the rest are slow together."""
+    """All of the first kind of models, some of a few others; the rest are long together."""
 
     def is_quick(case: Case) -> bool:
         shares = case.sharing in ("E²", "LSS only")
         return case.kind == SOME_KINDS[0] or (case.kind in SOME_KINDS and shares)
 
     marked = [
-        pytest.param(case, marks=() if is_quick(case) else pytest.mark.slow) for case in cases
+        pytest.param(case, marks=() if is_quick(case) else pytest.mark.long) for case in cases
     ]
     return pytest.mark.parametrize("case", marked, ids=str)
 

@@ -137,6 +137,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_study_runs_to_its_end_and_stands_the_same_everywhere(undisturbed: Path) -> None:
     study = StudyFolder(undisturbed / "results", NAME)
     require_whole(undisturbed, study, num_trials=4)
@@ -284,7 +285,7 @@ def test_dry_run_tells_cells_and_hours_and_leaves_no_study(tmp_path: Path) -> No
     assert not list(command.folder.path.parent.iterdir()), "nothing is left"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_isolated_trials_give_the_same_numbers(undisturbed: Path, tmp_path: Path) -> None:
     command = Command(tmp_path, "--isolated", "--trials", "3")
     assert command.wait() == 0, command.log.read_text()
